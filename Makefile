@@ -48,7 +48,7 @@ $(STAMP): settings.ini setup.py pyproject.toml
 	  echo "    hdfast and everything to work on it, PyTorch the largest: about 4 minutes and 6.5 GB on disk"; \
 	  "$$py" -m venv --clear "$(VENV)"; \
 	fi
-	@$(BIN)/python -m pip install --progress-bar off -e '.[dev]' \
+	@$(BIN)/python -m pip install $(if $(wildcard $(STAMP)),--quiet) --progress-bar off -e '.[dev]' \
 	  || { echo "make: the install failed; pip's last lines above say why (no network? less than 14 GB free?). Run make again to go on." >&2; exit 1; }
 	@touch $@
 	@echo "==> Installed in $(VENV)"
@@ -63,7 +63,7 @@ test: $(STAMP) ## every test
 
 notebooks: $(STAMP) ## run every notebook as a test
 	@echo "==> Every notebook, $(JOBS) at a time: each takes under a minute on 2 cores"
-	@$(BIN)/nbdev-test --n_workers $(JOBS) --do_print --timing
+	@$(BIN)/nbdev-test --n-workers $(JOBS) --do-print --timing
 
 export: $(STAMP) ## write hdfast/*.py from the notebooks
 	@$(BIN)/nbdev-export
