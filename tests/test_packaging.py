@@ -116,14 +116,24 @@ def test_module_comes_from_a_notebook(module):
         assert any(re.search(rf'^#\|\s*default_exp {module}$', ''.join(c['source']), re.M) for c in cells), f'{nb} does not export to {module}'
 
 
-def test_imports_are_declared(wheel):
-    "Every package that a module imports is a requirement of the library; none comes along by luck"
-    names = {IMPORT_NAMES.get(r, r) for r in requirements(wheel)}
-    for module in MODULES:
-        for node in ast.walk(ast.parse((ROOT/'hdfast'/f'{module}.py').read_text())):
-            imported = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            undeclared = {i.split('.')[0] for i in imported} - names - sys.stdlib_module_names - {'hdfast'}
-            assert not undeclared, f'hdfast.{module} imports {undeclared}'
+def imported(nodes):
+    "Top-level names of the packages outside the standard library and hdfast that the import statements in `nodes` ask for"
+    for node in nodes:
+        if isinstance(node, ast.Import): names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level: names = [node.module]
+        else: continue
+        yield from {n.split('.')[0] for n in names} - sys.stdlib_module_names - {'hdfast'}
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_imports_are_declared(wheel, module):
+    "What a module imports is a requirement of the library, or of an extra where the import may fail; none comes along by luck"
+    always = {IMPORT_NAMES.get(r, r) for r in requirements(wheel)}
+    extras = requirements(wheel, 'reproduce') | requirements(wheel, 'ray')
+    tree = ast.parse((ROOT/'hdfast'/f'{module}.py').read_text())
+    guarded = [n for t in ast.walk(tree) if isinstance(t, ast.Try) and any(ast.unparse(h.type) == 'ImportError' for h in t.handlers if h.type) for n in t.body]
+    assert set(imported(guarded)) <= always | extras
+    assert set(imported(n for n in ast.walk(tree) if n not in guarded)) <= always
 
 
 def test_imports_without_nbdev_and_jupyter():
@@ -145,7 +155,24 @@ print('imported')
     assert run.stdout.endswith('imported\n')
 
 
+@pytest.mark.parametrize('path', sorted((ROOT/'nbs').rglob('*.ipynb')), ids=lambda p: p.stem)
+def test_saved_outputs_hold_no_error_and_no_path(path):
+    "What a reader sees was no failure, and does not name folders of the machine that it ran on"
+    if '.ipynb_checkpoints' in path.parts: return
+    for cell in json.loads(path.read_text())['cells']:
+        outputs = cell.get('outputs', [])
+        assert not [o['ename'] for o in outputs if o['output_type'] == 'error'], cell['id']
+        text = json.dumps([{k: v for k, v in o.get('data', {}).items() if k.startswith('text/')} or o.get('text') for o in outputs])
+        assert not re.search(rf'site-packages|{ROOT}|{Path.home()}|/home/\w|/root/|/Users/', text), cell['id']
+
+
 def test_readme_is_in_step():
     pytest.importorskip('nbconvert')
     run = subprocess.run([sys.executable, ROOT/'tools/pages.py', 'readme', '--check'], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_readme_links_lead_somewhere():
+    "Links to files of the repository, as GitHub follows them; addresses with a scheme are not fetched"
+    links = re.findall(r'\]\((?!\w+:|#)([^)\s#]+)', (ROOT/'README.md').read_text())
+    assert links and not [link for link in links if not (ROOT/link).exists()]

@@ -53,7 +53,7 @@ def readme(check):
 
 def html():
     "Write each notebook under nbs/ to _docs/, images embedded, links between notebooks turned to the pages"
-    exporter = HTMLExporter(embed_images=True)
+    exporter = HTMLExporter(embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True)
     paths = [p for p in sorted(NBS.rglob('*.ipynb')) if not any(s[0] in '._' for s in p.relative_to(NBS).parts)]
     for p in paths:
         nb = prepare(p, lambda link: re.sub(r'\.ipynb(?=$|#)', '.html', link))
