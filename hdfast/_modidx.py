@@ -277,4 +277,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'hdfast.networks.network_spec': ('networks.html#network_spec', 'hdfast/networks.py'),
                                  'hdfast.networks.seeded': ('networks.html#seeded', 'hdfast/networks.py'),
                                  'hdfast.networks.spec_table': ('networks.html#spec_table', 'hdfast/networks.py'),
-                                 'hdfast.networks.vgg_f_norm': ('networks.html#vgg_f_norm', 'hdfast/networks.py')}}}
+                                 'hdfast.networks.vgg_f_norm': ('networks.html#vgg_f_norm', 'hdfast/networks.py')},
+            'hdfast.plots': { 'hdfast.plots.cluster_order': ('plots.html#cluster_order', 'hdfast/plots.py'),
+                              'hdfast.plots.plot_confusion': ('plots.html#plot_confusion', 'hdfast/plots.py'),
+                              'hdfast.plots.plot_overlap': ('plots.html#plot_overlap', 'hdfast/plots.py')}}}

@@ -42,7 +42,8 @@ class ImageSet:
 
     def __post_init__(self):
         for field in ('classes', 'superclasses'): # lists become tuples
-            if getattr(self, field) is not None: object.__setattr__(self, field, tuple(map(str, getattr(self, field))))
+            names = getattr(self, field)
+            if names is not None: object.__setattr__(self, field, tuple(map(str, names)))
         for check in (_check_tensors, _check_classes, _check_members): check(self)
 
 # %% ../nbs/00_datasets.ipynb #d04840d7
@@ -75,12 +76,15 @@ def _some(names, n=10):
 def _check_members(s):
     "ValueError unless labels and splits are in range and every class has a training image"
     if len(s.labels) and not 0 <= s.labels.min() <= s.labels.max() < len(s.classes):
-        raise ValueError(f'{s.name}: labels run from {s.labels.min()} to {s.labels.max()}, classes from 0 to {len(s.classes)-1}')
+        raise ValueError(f'{s.name}: labels run from {s.labels.min()} to {s.labels.max()}, '
+                         f'classes from 0 to {len(s.classes)-1}')
     if len(s.split) and not TRAIN <= s.split.min() <= s.split.max() <= TEST:
-        raise ValueError(f'{s.name}: a split is {TRAIN} (train), {HELD_OUT} (held out) or {TEST} (test), not {s.split.unique().tolist()}')
+        raise ValueError(f'{s.name}: a split is {TRAIN} (train), {HELD_OUT} (held out) or {TEST} (test), '
+                         f'not {s.split.unique().tolist()}')
     n = torch.bincount(s.labels[s.split == TRAIN], minlength=len(s.classes))
     if (n == 0).any():
-        raise ValueError(f'{s.name}: no training image for class {_some(s.classes[k] for k in (n == 0).nonzero()[:, 0])}')
+        names = [c for c, m in zip(s.classes, n) if m == 0]
+        raise ValueError(f'{s.name}: no training image for class {_some(names)}')
 
 # %% ../nbs/00_datasets.ipynb #4551a2ff
 @patch(as_prop=True)
@@ -123,7 +127,8 @@ def test(self:ImageSet) -> torch.Tensor: # int64 indices
 def counts(self:ImageSet) -> pd.DataFrame: # (K, 3): a row per class, columns train, held_out, test
     "Number of images of each class in each split."
     n = torch.bincount(self.labels*len(SPLITS) + self.split, minlength=self.n_classes*len(SPLITS))
-    return pd.DataFrame(n.reshape(-1, len(SPLITS)).numpy(), index=pd.Index(self.classes, name='class'), columns=SPLITS)
+    index = pd.Index(self.classes, name='class')
+    return pd.DataFrame(n.reshape(-1, len(SPLITS)).numpy(), index=index, columns=SPLITS)
 
 # %% ../nbs/00_datasets.ipynb #5ae79963
 def _facts(s):
@@ -187,7 +192,7 @@ def _by_class(labels, classes):
 # %% ../nbs/00_datasets.ipynb #532af921
 def _share(n, fraction):
     "How many of `n` images make up `fraction`: at least 1, at most n-1; 0 where nothing can be spared"
-    if not 0 <= fraction < 1: raise ValueError(f'a share of the images must be at least 0 and less than 1, not {fraction}')
+    if not 0 <= fraction < 1: raise ValueError(f'a share is at least 0 and less than 1, not {fraction}')
     return 0 if n < 2 or fraction == 0 else min(max(int(n*fraction + 0.5), 1), n - 1)
 
 # %% ../nbs/00_datasets.ipynb #d69475fc
@@ -266,7 +271,8 @@ def _draw(rng, prototype, n, size, jitter, shift, noise):
     dy, dx = rng.integers(-reach, reach + 1, (2, n, 1))
     rows, cols = (at + dy) % size, (at + dx) % size
     x = x[np.arange(n)[:, None, None], :, rows[:, :, None], cols[:, None, :]].transpose(0, 3, 1, 2)
-    x = x*rng.uniform(0.7, 1.3, (n, 1, 1, 1)).astype(np.float32) + noise*rng.standard_normal(x.shape, dtype=np.float32)
+    contrast = rng.uniform(0.7, 1.3, (n, 1, 1, 1)).astype(np.float32)
+    x = contrast*x + noise*rng.standard_normal(x.shape, dtype=np.float32)
     return np.clip(128 + 45*x, 0, 255).astype(np.uint8)
 
 # %% ../nbs/00_datasets.ipynb #53d585c2
@@ -362,10 +368,12 @@ def _decode_all(files, size, npy, state, block=256):
     done, corrupt = _progress(part, state, row)
     starts = range(done, len(files), block)
     with open(part, 'r+b' if done else 'wb') as f:
-        np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False, shape=(len(files), 3, size, size)))
+        head = dict(descr='|u1', fortran_order=False, shape=(len(files), 3, size, size))
+        np.lib.format.write_array_header_1_0(f, head)
         f.truncate(f.tell() + done*row)
         f.seek(0, os.SEEK_END)
-        blocks = Parallel(n_jobs=-1, prefer='threads', return_as='generator')(delayed(_decode_block)(files[i:i+block], size) for i in starts)
+        tasks = (delayed(_decode_block)(files[i:i+block], size) for i in starts)
+        blocks = Parallel(n_jobs=-1, prefer='threads', return_as='generator')(tasks)
         if len(starts) > 1: blocks = progress_bar(blocks, total=len(starts), leave=False)
         for (x, bad), i in zip(blocks, starts): # in this order, zip reads `blocks` to its end
             f.write(x.data)
@@ -395,7 +403,8 @@ def _decode_kept(files, size, skip_corrupt=False, cache=None):
     if not corrupt: return torch.from_numpy(images), np.arange(len(files))
     paths = _some(files[i] for i in corrupt)
     if not skip_corrupt:
-        raise ValueError(f'{len(corrupt)} of {len(files)} files are no readable images (skip_corrupt=True leaves them out): {paths}')
+        raise ValueError(f'{len(corrupt)} of {len(files)} files are no readable images '
+                         f'(skip_corrupt=True leaves them out): {paths}')
     warnings.warn(f'left out {len(corrupt)} of {len(files)} files that are no readable images: {paths}')
     kept = np.setdiff1d(np.arange(len(files)), corrupt)
     return torch.from_numpy(images[kept]), kept
@@ -407,14 +416,15 @@ def decode(
     skip_corrupt:bool=False, # leave out files that are no readable images, with a warning, instead of raising
     cache=None # folder; None: `cache_dir()`
 ) -> torch.Tensor: # uint8 (N, 3, size, size), in memory
-    "Images of `files`: decoded once on all cores into the cache, then loaded from there; ValueError names corrupt files."
+    "Images of `files`, decoded once into the cache and then loaded from there; ValueError names corrupt files."
     return _decode_kept(files, size, skip_corrupt, cache)[0]
 
 # %% ../nbs/00_datasets.ipynb #02b2f03d
 def _entries(folder):
     "Visible subfolders and files of `folder`, sorted"
-    with os.scandir(folder) as entries: entries = sorted((e for e in entries if not e.name.startswith('.')), key=lambda e: e.name)
-    return [e.path for e in entries if e.is_dir()], [e.path for e in entries if e.is_file()]
+    with os.scandir(folder) as entries: visible = [e for e in entries if not e.name.startswith('.')]
+    visible.sort(key=lambda e: e.name)
+    return [e.path for e in visible if e.is_dir()], [e.path for e in visible if not e.is_dir()]
 
 # %% ../nbs/00_datasets.ipynb #f08c2e96
 def _class_folders(root):
@@ -427,7 +437,8 @@ def _class_folders(root):
         if subfolders and not files: deep += [(os.path.basename(f), s) for s in subfolders]
         else: flat.append((None, f))
     if flat and deep:
-        raise ValueError(f'{flat[0][1]} is a class folder, but {os.path.dirname(deep[0][1])} holds folders: either all do or none')
+        raise ValueError(f'{flat[0][1]} is a class folder, but {os.path.dirname(deep[0][1])} holds folders: '
+                         'either all do or none')
     return flat or deep
 
 # %% ../nbs/00_datasets.ipynb #aa985ac9
@@ -435,8 +446,9 @@ def _class_files(folder, only=None):
     "Images in a class folder; with `only`, those whose names match the pattern"
     subfolders, files = _entries(folder)
     if only: subfolders, files = [], [f for f in files if fnmatch(f, only)]
-    if subfolders: raise ValueError(f'class folder {folder} holds a folder, {os.path.basename(subfolders[0])}, beside its images')
-    if not files: raise ValueError(f'no images for class {os.path.basename(folder)}: {folder} is empty')
+    name = os.path.basename(folder)
+    if subfolders: raise ValueError(f'class folder {folder} holds a folder, {os.path.basename(subfolders[0])}')
+    if not files: raise ValueError(f'no images for class {name}: {folder} holds none')
     return files
 
 # %% ../nbs/00_datasets.ipynb #f6dcf1d1
@@ -520,7 +532,8 @@ def cifar100(
     seed:int=0
 ) -> ImageSet: # with its 20 superclasses
     "CIFAR-100 (https://www.cs.toronto.edu/~kriz/cifar.html), from fastai's copy, with its own test part."
-    return image_folder(_fastai_folder(URLs.CIFAR_100, 'cifar100'), size, held_out=held_out, seed=seed, name='cifar100')
+    folder = _fastai_folder(URLs.CIFAR_100, 'cifar100')
+    return image_folder(folder, size, held_out=held_out, seed=seed, name='cifar100')
 
 # %% ../nbs/00_datasets.ipynb #9389dc3c
 def _folded(s, fold, folds, held_out, seed):
@@ -537,7 +550,8 @@ def caltech101(
 ) -> ImageSet:
     "CalTech-101 (https://data.caltech.edu/records/mzrjq-6wc02), from fastai's copy: 102 classes with the background."
     folder = _fastai_folder(URLs.CALTECH_101, 'caltech_101')
-    return _folded(image_folder(folder, size, held_out=held_out, seed=seed, name='caltech101'), fold, folds, held_out, seed)
+    s = image_folder(folder, size, held_out=held_out, seed=seed, name='caltech101')
+    return _folded(s, fold, folds, held_out, seed)
 
 # %% ../nbs/00_datasets.ipynb #88e3d473
 _CALTECH256_URL = 'https://data.caltech.edu/records/nyy15-4j048/files/256_ObjectCategories.tar'
@@ -569,8 +583,8 @@ def _imagenet_folder(path):
     "Folder of ImageNet, which can't be downloaded without an account"
     folder = Path(path).expanduser() if path else fastai_path('data')/'imagenet'
     if folder.is_dir(): return folder
-    raise FileNotFoundError(f'nothing in {folder}: ImageNet has to be downloaded by hand from https://image-net.org/download.php, '
-                            'as train/<wnid>/*.JPEG and, for a test part, val/<wnid>/*.JPEG')
+    raise FileNotFoundError(f'nothing in {folder}: ImageNet has to be downloaded by hand from '
+                            'https://image-net.org/download.php, as train/<wnid>/ and, for a test part, val/<wnid>/')
 
 # %% ../nbs/00_datasets.ipynb #8e5f413d
 def imagenet(
@@ -612,7 +626,8 @@ def imagenet200(path=None, size:int=64, seed:int=0, n:int=200, **kwargs) -> Imag
     return imagenet100(path, size, seed, n, **kwargs)
 
 # %% ../nbs/00_datasets.ipynb #f76d7dc6
-IMAGE_SETS = {f.__name__: f for f in (synthetic, cifar100, caltech101, caltech256, imagenet, imagenet100, imagenet200)}
+_SETS = (synthetic, cifar100, caltech101, caltech256, imagenet, imagenet100, imagenet200)
+IMAGE_SETS = {f.__name__: f for f in _SETS}
 
 def image_set(
     name_or_path, # a key of `IMAGE_SETS`, or a folder as `image_folder` takes it

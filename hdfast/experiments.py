@@ -8,7 +8,7 @@ __all__ = ['repository', 'FAMILIES', 'pages_folder', 'EXPERIMENTS', 'profiles', 
            'check_page', 'run_page', 'select', 'reproduce']
 
 # %% ../nbs/80_experiments.ipynb #90864d6f
-import json, os, platform, re, subprocess, time
+import json, os, platform, re, subprocess, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import fastai, hdfast, scipy, sklearn, torch
@@ -221,7 +221,7 @@ def run_page(
     check_page(page, parameters)
     (out/'pages').mkdir(parents=True, exist_ok=True)
     done, part, result, start = out/'pages'/f'{experiment.name}.ipynb', out/'pages'/f'.{experiment.name}.part.ipynb', out/f'{experiment.name}.json', time.time()
-    papermill.execute_notebook(str(page), str(part), parameters, kernel_name='python3', progress_bar=False, log_output=True, cwd=str(out))
+    papermill.execute_notebook(str(page), str(part), parameters, kernel_name='python3', progress_bar=False, stdout_file=sys.stdout, cwd=str(out))
     if not result.exists() or result.stat().st_mtime < start: raise RuntimeError(f"{experiment.name}: the page ended without writing {result.name}; see {part}")
     os.replace(part, done)
     return json.loads(result.read_text())
