@@ -13,6 +13,7 @@ from .clustering import *
 from .networks import *
 from .learners import *
 from .hierarchical import *
+from .plots import *
 
 # %% ../nbs/95_all.ipynb #9c5c42f8
 __all__ = sorted(name for name in globals() if not name.startswith('_'))

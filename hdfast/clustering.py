@@ -7,7 +7,7 @@ __all__ = ['palette', 'cut_by_size', 'max_size_for', 'overlap_clusters', 'ClassH
            'hierarchy_from_groups', 'spectral_clusters', 'kmeans_clusters', 'sub_confusion', 'cluster_recursively']
 
 # %% ../nbs/20_clustering.ipynb #80e4c97b
-import json, math
+import json
 from dataclasses import dataclass, replace
 import numpy as np
 from fastcore.basics import patch
@@ -89,16 +89,19 @@ def _check_hierarchy(h):
     "Raise a ValueError that names the first thing that doesn't hold together in `h`."
     K, n = h.n_classes, h.n_clusters
     if len(set(h.classes)) < K: raise ValueError("class names must be distinct")
-    if h.home.shape != (K,) or not K: raise ValueError(f"home has shape {h.home.shape}; {K} classes need ({K},), and at least one class")
+    if h.home.shape != (K,) or not K:
+        raise ValueError(f"home has shape {h.home.shape}; {K} classes need ({K},), and at least one class")
     if h.linkage.shape != (K-1, 4): raise ValueError(f"the linkage of {K} classes has shape ({K-1}, 4), not {h.linkage.shape}")
     if (h.home < 0).any() or (h.home >= n).any(): raise ValueError(f"home names a cluster outside 0..{n-1}")
     for q, members in enumerate(h.clusters):
         if list(members) != sorted(set(members)) or members[:1] < (0,) or members[-1] >= K:
             raise ValueError(f"cluster {q} must be a sorted tuple of distinct class ids in 0..{K-1}, got {members}")
-        if (size := (h.home == q).sum()) > h.max_size: raise ValueError(f"cluster {q} is home to {size} classes, more than max_size={h.max_size}")
+        size = (h.home == q).sum()
+        if size > h.max_size: raise ValueError(f"cluster {q} is home to {size} classes, more than max_size={h.max_size}")
         if not size: raise ValueError(f"cluster {q} is home to no class")
     for c, q in enumerate(h.home):
-        if c not in h.clusters[q]: raise ValueError(f"class {h.classes[c]!r} has its home in cluster {q}, which doesn't hold it")
+        if c not in h.clusters[q]:
+            raise ValueError(f"class {h.classes[c]!r} has its home in cluster {q}, which doesn't hold it")
     if h.gamma is None and sum(map(len, h.clusters)) > K: raise ValueError("clusters overlap though gamma is None")
     _check_children(h)
 
@@ -122,8 +125,8 @@ def cluster_classes(
     classes = tuple(map(str, range(len(C)) if classes is None else classes))
     Z = average_linkage(distance_matrix(C), classes)
     disjoint = cut_by_size(Z, max_size)
-    home = _home(disjoint, len(C))
-    return ClassHierarchy(classes, disjoint if gamma is None else overlap_clusters(C, disjoint, gamma), home, Z, max_size, gamma)
+    clusters = disjoint if gamma is None else overlap_clusters(C, disjoint, gamma)
+    return ClassHierarchy(classes, clusters, _home(disjoint, len(C)), Z, max_size, gamma)
 
 def _home(disjoint, n_classes):
     "Cluster of each class, shape (K,), from disjoint clusters."
@@ -149,8 +152,10 @@ def _tree(self:ClassHierarchy, indent=''):
 
 @patch
 def __repr__(self:ClassHierarchy):
-    overlap = 'disjoint' if self.gamma is None else f'gamma {self.gamma:g}, {sum(map(len, self.clusters))/self.n_classes:.2f} clusters a class'
-    return '\n'.join([f"{self.n_classes} classes in {self.n_clusters} clusters (max_size {self.max_size}, {overlap})", *self._tree()])
+    each = sum(map(len, self.clusters))/self.n_classes
+    overlap = 'disjoint' if self.gamma is None else f'gamma {self.gamma:g}, {each:.2f} clusters a class'
+    head = f"{self.n_classes} classes in {self.n_clusters} clusters (max_size {self.max_size}, {overlap})"
+    return '\n'.join([head, *self._tree()])
 
 # %% ../nbs/20_clustering.ipynb #1be75a9c
 palette = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#8C6D31', '#000000')
@@ -172,7 +177,8 @@ def plot(self:ClassHierarchy,
     of = _node_cluster(self)
     leaves = dendrogram(self.linkage, no_plot=True)['leaves']
     colour = {q: palette[i % len(palette)] for i, q in enumerate(dict.fromkeys(of[c] for c in leaves))} | {-1: '#999999'}
-    dendrogram(self.linkage, orientation='left', labels=self.classes, ax=ax, leaf_font_size=8, link_color_func=lambda i: colour[of[i]])
+    dendrogram(self.linkage, orientation='left', labels=self.classes, ax=ax, leaf_font_size=8,
+               link_color_func=lambda i: colour[of[i]])
     for label, c in zip(ax.get_yticklabels(), leaves): label.set_color(colour[of[c]])
     ax.set(xlabel='distance $D$ at which classes meet', xlim=(1.02*self.linkage[:, 2].max(), .98*self.linkage[0, 2]))
     ax.spines[['top', 'right', 'left']].set_visible(False)
@@ -182,8 +188,8 @@ def plot(self:ClassHierarchy,
 @patch
 def _dict(self:ClassHierarchy):
     "The fields as plain lists and numbers."
-    return dict(classes=self.classes, clusters=self.clusters, home=self.home.tolist(), linkage=self.linkage.tolist(), max_size=int(self.max_size),
-                gamma=self.gamma, children=[c and c._dict() for c in self.children])
+    return dict(classes=self.classes, clusters=self.clusters, home=self.home.tolist(), linkage=self.linkage.tolist(),
+                max_size=int(self.max_size), gamma=self.gamma, children=[c and c._dict() for c in self.children])
 
 @patch
 def to_json(self:ClassHierarchy) -> str:
@@ -205,7 +211,8 @@ def _from_dict(d):
 def from_json(cls:ClassHierarchy, s:str) -> ClassHierarchy:
     "Read what `to_json` wrote; ValueError if it is something else."
     d = json.loads(s)
-    if not isinstance(d, dict) or d.pop('format', None) != 'hdfast.ClassHierarchy.1': raise ValueError("this JSON isn't a ClassHierarchy (format hdfast.ClassHierarchy.1)")
+    if not isinstance(d, dict) or d.pop('format', None) != 'hdfast.ClassHierarchy.1':
+        raise ValueError("this JSON isn't a ClassHierarchy (format hdfast.ClassHierarchy.1)")
     return _from_dict(d)
 
 # %% ../nbs/20_clustering.ipynb #b1b61170
@@ -261,7 +268,8 @@ def kmeans_clusters(
     K = len(check_confusion(C))
     classes = tuple(map(str, range(K) if classes is None else classes))
     if not 1 <= n_clusters <= K: raise ValueError(f"{K} classes can't make {n_clusters} clusters: ask for 1 to {K}")
-    return hierarchy_from_groups(_groups_of_similar(KMeans(n_clusters, n_init=10, random_state=seed), C, classes), classes, C, gamma)
+    groups = _groups_of_similar(KMeans(n_clusters, n_init=10, random_state=seed), C, classes)
+    return hierarchy_from_groups(groups, classes, C, gamma)
 
 # %% ../nbs/20_clustering.ipynb #a3bc1030
 def sub_confusion(
@@ -295,5 +303,6 @@ def cluster_recursively(
     if len(max_sizes) == 1: return h
     for q, members in enumerate(h.clusters):
         if len(members) > max_sizes[1]:
-            h = h.refine(q, cluster_recursively(sub_confusion(C, members), max_sizes[1:], gamma, [h.classes[i] for i in members]))
+            names = [h.classes[i] for i in members]
+            h = h.refine(q, cluster_recursively(sub_confusion(C, members), max_sizes[1:], gamma, names))
     return h

@@ -7,7 +7,6 @@ __all__ = ['toy_classes', 'toy_confusion', 'confusion_matrix', 'check_confusion'
 
 # %% ../nbs/10_confusion.ipynb #aeff8f5e
 import numpy as np
-import pandas as pd
 
 # %% ../nbs/10_confusion.ipynb #d7d35d36
 toy_classes = ('cat', 'dog', 'fox', 'wolf', 'car', 'bus', 'van', 'truck', 'rose', 'tulip', 'daisy')
@@ -29,8 +28,10 @@ def toy_confusion():
 def _check_probs(probs, n_samples, n_classes):
     "Raise a ValueError that says in what way `probs` is not an (N, K) array of distributions."
     if probs.shape != (n_samples, n_classes):
-        raise ValueError(f"probs has shape {probs.shape}; with {n_samples} targets and n_classes={n_classes} it must be ({n_samples}, {n_classes})")
-    if not np.isfinite(probs).all(): raise ValueError("probs holds NaN or infinite values: the network has diverged, or the inputs are bad")
+        raise ValueError(f"probs has shape {probs.shape}; with {n_samples} targets and n_classes={n_classes} "
+                         f"it must be ({n_samples}, {n_classes})")
+    if not np.isfinite(probs).all():
+        raise ValueError("probs holds NaN or infinite values: the network has diverged, or the inputs are bad")
     if (probs < 0).any(): raise ValueError("probs holds negative values: these look like logits; pass softmax(logits)")
     off = np.abs(probs.sum(1) - 1).max(initial=0)
     if off > 1e-3: raise ValueError(f"the rows of probs must sum to 1 (one is off by {off:.3g}): pass softmax(logits)")
@@ -40,7 +41,8 @@ def _check_targets(targets, n_classes):
     "Raise a ValueError unless `targets` are class ids in 0..n_classes-1."
     if targets.ndim != 1: raise ValueError(f"targets must be one class id per sample, shape (N,); got shape {targets.shape}")
     if targets.size and not (0 <= targets.min() and targets.max() < n_classes):
-        raise ValueError(f"targets run from {targets.min()} to {targets.max()}; with n_classes={n_classes} they must lie in 0..{n_classes-1}")
+        raise ValueError(f"targets run from {targets.min()} to {targets.max()}; with n_classes={n_classes} "
+                         f"they must lie in 0..{n_classes-1}")
 
 # %% ../nbs/10_confusion.ipynb #ca415e27
 def confusion_matrix(
@@ -48,7 +50,7 @@ def confusion_matrix(
     probs,          # predicted probabilities, shape (N, K), rows sum to 1 (not logits)
     n_classes:int,  # K
     soft:bool=True, # average the probabilities (True), or count the decisions (False)
-) -> np.ndarray:    # C, shape (K, K), float64: C[i, j] = mean belief in j (or share decided j) when the truth is i; rows sum to 1
+) -> np.ndarray:    # C, (K, K) float64: C[i, j] = mean belief in j when the truth is i; rows sum to 1
     "Row-normalised confusion matrix; a class absent from `targets` gets the row of a class that is never confused."
     targets, probs = np.asarray(targets), np.asarray(probs, dtype=np.float64)
     _check_targets(targets, n_classes)
@@ -73,7 +75,8 @@ def check_confusion(
     if (C < 0).any(): raise ValueError(f"the confusion matrix has negative values, first in row {np.argwhere(C < 0)[0][0]}")
     off = np.abs(C.sum(1) - 1)
     if off.max() > 1e-6:
-        row, hint = off.argmax(), "these look like raw counts: divide each row by its sum" if C.max() > 1 else "each row must be a distribution"
+        row = off.argmax()
+        hint = "these look like raw counts: divide each row by its sum" if C.max() > 1 else "each row must be a distribution"
         raise ValueError(f"row {row} of the confusion matrix sums to {C[row].sum():.6g}, not to 1; {hint}")
     return C
 
@@ -89,7 +92,7 @@ def distance_matrix(
 # %% ../nbs/10_confusion.ipynb #69abb1bd
 def posterior_matrix(
     C, # confusion matrix, shape (K, K), rows sum to 1
-) -> np.ndarray: # DCN, shape (K, K), float64: DCN[i, j] = P(true i | predicted j) under equally likely classes; columns sum to 1 (eq. 1)
+) -> np.ndarray: # DCN, (K, K) float64: DCN[i, j] = P(true i | predicted j), columns sum to 1 (eq. 1)
     "Column-normalised confusion matrix of eq. (1); a class never predicted gets 1 on the diagonal."
     P = check_confusion(C).copy()
     never = P.sum(0) == 0

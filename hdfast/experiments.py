@@ -9,7 +9,7 @@ __all__ = ['repository', 'FAMILIES', 'pages_folder', 'EXPERIMENTS', 'profiles', 
 
 # %% ../nbs/80_experiments.ipynb #90864d6f
 import json, os, platform, re, subprocess, sys, time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 import fastai, hdfast, scipy, sklearn, torch
 import numpy as np
@@ -18,7 +18,7 @@ from .clustering import cluster_classes, max_size_for
 from .confusion import confusion_matrix
 from .datasets import image_set
 from .hierarchical import HierarchicalClassifier
-from .learners import fit_network, probabilities, recipe
+from .learners import fit_network, probabilities
 from .networks import SPECS, mlp_spec, n_parameters
 
 # %% ../nbs/80_experiments.ipynb #55f1ffb4
@@ -38,10 +38,12 @@ def provenance(
     device='cpu',  # where networks were trained
 ) -> dict:
     "Commit, device, versions: what stands beside every result."
-    versions = {m.__name__: m.__version__ for m in (hdfast, torch, fastai, np, scipy, sklearn)} | {'python': platform.python_version()}
-    name = torch.cuda.get_device_name() if str(device).startswith('cuda') else f'{platform.machine()} CPU, {torch.get_num_threads()} thread(s)'
+    versions = {m.__name__: m.__version__ for m in (hdfast, torch, fastai, np, scipy, sklearn)}
+    cpu = f'{platform.machine()} CPU, {torch.get_num_threads()} thread(s)'
+    name = torch.cuda.get_device_name() if str(device).startswith('cuda') else cpu
     changed = _git('status', '--porcelain', '--untracked-files=no', '--', 'hdfast', 'nbs')
-    return dict(profile=profile, device=name, versions=versions, git_sha=_git('rev-parse', 'HEAD'), git_dirty=None if changed is None else bool(changed))
+    return dict(profile=profile, device=name, versions=versions | {'python': platform.python_version()},
+                git_sha=_git('rev-parse', 'HEAD'), git_dirty=None if changed is None else bool(changed))
 
 # %% ../nbs/80_experiments.ipynb #916debfc
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Family:
     router:object
     expert:object
 
-FAMILIES = {'mlp': Family(mlp_spec(200, 150), mlp_spec(25, 10), mlp_spec(25, 10)), 'cnn': Family(SPECS['CNN_1'], SPECS['CNN_2'], SPECS['CNN_3'])}
+FAMILIES = {'mlp': Family(mlp_spec(200, 150), mlp_spec(25, 10), mlp_spec(25, 10)),
+            'cnn': Family(SPECS['CNN_1'], SPECS['CNN_2'], SPECS['CNN_3'])}
 
 # %% ../nbs/80_experiments.ipynb #1629130f
 def hierarchy_rows(
@@ -73,10 +76,12 @@ def hierarchy_rows(
     theta, rows, hierarchies = max_size_for(C, n_clusters, images.classes), [], []
     for gamma in gammas:
         h = cluster_classes(C, theta, gamma, images.classes)
-        model, seconds = _timed(lambda: HierarchicalClassifier(h, family.router, family.expert, how, seed).fit(dls, cache, progress=False))
+        model = HierarchicalClassifier(h, family.router, family.expert, how, seed)
+        _, seconds = _timed(lambda: model.fit(dls, cache, progress=False))
         rows += _evaluation_rows(model, model.evaluate(dls[2], flat), flat, gamma)
         hierarchies.append(h)
-        report(f"  {h.n_clusters} clusters, {'disjoint' if gamma is None else f'gamma {gamma:g}'}: {seconds:.0f} s, FC {rows[-1]['shown']:.2%}")
+        fc = next(r['FC'] for r in reversed(rows) if r['routing'] == 'top-1')
+        report(f"  {h.n_clusters} clusters, {'disjoint' if gamma is None else f'gamma {gamma:g}'}: {seconds:.0f} s, FC {fc:.2%}")
     return rows, C, hierarchies
 
 def _timed(f):
@@ -87,8 +92,10 @@ def _timed(f):
 def _evaluation_rows(model, found, flat, gamma):
     "Rows of an `Evaluation`, with what they belong to."
     h, stored = model.hierarchy, sum(n_parameters(m) for m in (model.router, *model.experts) if m is not None)
-    about = dict(gamma=np.nan if gamma is None else gamma, clusters=h.n_clusters, max_size=h.max_size, memberships=sum(map(len, h.clusters))/h.n_classes, shown=found.table.loc['top-1', 'FC'])
-    return [{'routing': way, **about, 'parameters': n_parameters(flat) if way == 'flat net' else stored, **scores} for way, scores in found.table.iterrows()]
+    about = dict(gamma=np.nan if gamma is None else gamma, clusters=h.n_clusters, max_size=h.max_size,
+                 memberships=sum(map(len, h.clusters))/h.n_classes)
+    size = lambda way: n_parameters(flat) if way == 'flat net' else stored
+    return [{'routing': way, **about, 'parameters': size(way), **scores} for way, scores in found.table.iterrows()]
 
 # %% ../nbs/80_experiments.ipynb #bc0d47c3
 def runs_of(
@@ -97,7 +104,8 @@ def runs_of(
     seed:int=0,  # the first
 ) -> list:       # (name of the run, function that gives its ImageSet, seed)
     "The runs of an experiment: folds for the CalTech sets, seeds for all others."
-    if dataset.startswith('caltech'): return [(f'fold {i}', lambda i=i: image_set(dataset, fold=i, seed=seed), seed) for i in range(n)]
+    if dataset.startswith('caltech'):
+        return [(f'fold {i}', lambda i=i: image_set(dataset, fold=i, seed=seed), seed) for i in range(n)]
     return [(f'seed {s}', lambda s=s: image_set(dataset, seed=s), s) for s in range(seed, seed + n)]
 
 # %% ../nbs/80_experiments.ipynb #9d8b5947
@@ -113,8 +121,8 @@ def summarise(
     flat = rows[rows.routing == 'flat net'].drop_duplicates('run')
     lines = [line(flat.assign(memberships=np.nan), clusters='1', gamma='flat')]
     for gamma, part in rows[rows.routing == 'top-1'].groupby('gamma', dropna=False, sort=False):
-        lo, hi = part.clusters.min(), part.clusters.max()
-        lines.append(line(part, clusters=str(lo) if lo == hi else f'{lo} to {hi}', gamma='disjoint' if pd.isna(gamma) else f'{gamma:g}'))
+        made = ' to '.join(map(str, sorted({part.clusters.min(), part.clusters.max()})))
+        lines.append(line(part, clusters=made, gamma='disjoint' if pd.isna(gamma) else f'{gamma:g}'))
     table = pd.DataFrame(lines).rename(columns=lambda c: c.removesuffix(' mean'))
     printed = {('flat' if r['C'] == 1 else 'disjoint' if r['gamma'] is None else f"{r['gamma']:g}"): r for r in paper}
     for what in ('HC', 'FC'): table[f'paper {what}'] = [printed.get(g, {}).get(what) for g in table.gamma]
@@ -203,9 +211,11 @@ def check_page(
     "Raise a ValueError unless `page` has exactly one parameters cell that knows all of `parameters`."
     cells = json.loads(Path(page).read_text())['cells']
     tagged = [''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', [])]
-    if len(tagged) != 1: raise ValueError(f"{Path(page).name} has {len(tagged)} cells tagged 'parameters'; papermill needs exactly one")
+    if len(tagged) != 1:
+        raise ValueError(f"{Path(page).name} has {len(tagged)} cells tagged 'parameters'; papermill needs exactly one")
     known = set(re.findall(r'^(\w+) *=', tagged[0], re.M))
-    if unknown := sorted(set(parameters) - known): raise ValueError(f"{Path(page).name} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    unknown = ', '.join(sorted(set(parameters) - known))
+    if unknown: raise ValueError(f"{Path(page).name} has no parameter {unknown}; it has {', '.join(sorted(known))}")
 
 # %% ../nbs/80_experiments.ipynb #7981ffc1
 def run_page(
@@ -220,10 +230,12 @@ def run_page(
     parameters = experiment.parameters | experiment.profiles[profile] | dict(profile=profile, out=str(out))
     check_page(page, parameters)
     (out/'pages').mkdir(parents=True, exist_ok=True)
-    done, part, result, start = out/'pages'/f'{experiment.name}.ipynb', out/'pages'/f'.{experiment.name}.part.ipynb', out/f'{experiment.name}.json', time.time()
-    papermill.execute_notebook(str(page), str(part), parameters, kernel_name='python3', progress_bar=False, stdout_file=sys.stdout, cwd=str(out))
-    if not result.exists() or result.stat().st_mtime < start: raise RuntimeError(f"{experiment.name}: the page ended without writing {result.name}; see {part}")
-    os.replace(part, done)
+    part, result, start = out/'pages'/f'.{experiment.name}.part.ipynb', out/f'{experiment.name}.json', time.time()
+    papermill.execute_notebook(str(page), str(part), parameters, kernel_name='python3', progress_bar=False,
+                               stdout_file=sys.stdout, cwd=str(out))
+    if not result.exists() or result.stat().st_mtime < start:
+        raise RuntimeError(f"{experiment.name}: the page ended without writing {result.name}; see {part}")
+    os.replace(part, out/'pages'/f'{experiment.name}.ipynb')
     return json.loads(result.read_text())
 
 # %% ../nbs/80_experiments.ipynb #3a753b57
@@ -236,7 +248,8 @@ def select(
     "The experiments of a profile; ValueError that lists them if a name is wrong."
     if profile not in profiles: raise ValueError(f"there is no profile {profile!r}; there are {', '.join(profiles)}")
     there = {name: e for name, e in EXPERIMENTS.items() if profile in e.profiles}
-    if wrong := [n for n in only or () if n not in there]: raise ValueError(f"profile {profile} has no experiment {', '.join(wrong)}; it has {', '.join(there)}")
+    wrong = ', '.join(n for n in only or () if n not in there)
+    if wrong: raise ValueError(f"profile {profile} has no experiment {wrong}; it has {', '.join(there)}")
     return [there[n] for n in only or there]
 
 # %% ../nbs/80_experiments.ipynb #f1e00e69
@@ -264,5 +277,6 @@ def _print_result(out, name, result):
     if isinstance(result, Exception): return print(f'\n{name}: failed ({type(result).__name__}): {_last_line(result)}')
     shown = ['clusters', 'gamma', 'HC home', 'HC contains', 'FC', 'FC sd', 'paper HC', 'paper FC', 'n']
     table = pd.read_csv(out/f'{name}.csv').reindex(columns=shown).dropna(axis=1, how='all')
-    print(f"\n{name}, profile {result['provenance']['profile']}, accuracies in %\n{table.round(2).to_string(index=False, na_rep='')}")
+    print(f"\n{name}, profile {result['provenance']['profile']}, accuracies in %")
+    print(table.round(2).to_string(index=False, na_rep=''))
     for file in sorted(out.glob(f'{name}*.svg')): print(f'  figure: {file}')

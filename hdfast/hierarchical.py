@@ -8,7 +8,7 @@ __all__ = ['combine', 'HierarchicalClassifier', 'routing_scores', 'calibration_e
 
 # %% ../nbs/50_hierarchical.ipynb #e87d350f
 import json, os, platform, shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -16,12 +16,12 @@ import torch
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import balanced_accuracy_score
 from torch import nn
 from . import __version__
 from .clustering import ClassHierarchy, cluster_classes, max_size_for
 from .confusion import confusion_matrix
-from .learners import ImageDL, Normalization, Recipe, build_network, class_view, cluster_view, fit_network, probabilities, recipe
+from .learners import ImageDL, Normalization, Recipe, build_network, class_view, cluster_view, fit_network
+from .learners import probabilities, recipe
 from .networks import NetworkSpec, network_spec
 
 # %% ../nbs/50_hierarchical.ipynb #4b1c8974
@@ -63,7 +63,8 @@ class HierarchicalClassifier:
     def __repr__(self):
         nets = sorted({s.name for s, q in zip(self.expert_specs, self.hierarchy.clusters) if len(q) > 1})
         state = 'not trained' if self.experts is None else f'trained at {self.size[0]}×{self.size[1]}'
-        return f"HierarchicalClassifier ({state}): router {self.router_spec.name}, experts {', '.join(nets)}, recipe {self.recipe.name}\n{self.hierarchy}"
+        return (f"HierarchicalClassifier ({state}): router {self.router_spec.name}, experts {', '.join(nets)}, "
+                f"recipe {self.recipe.name}\n{self.hierarchy}")
 
 _recipe = recipe
 
@@ -77,7 +78,8 @@ def fit(self:HierarchicalClassifier,
     "Train the hierarchy classifier on cluster labels and an expert on the classes of each cluster."
     h, clusters = self.hierarchy, cluster_view(dls, self.hierarchy)
     size, device = tuple(dls.one_batch()[0].shape[-2:]), torch.device(dls.device)
-    bar = progress_bar(range(-1, h.n_clusters), display=progress, leave=False)
+    steps = range(-1, h.n_clusters) # the hierarchy classifier, then the experts
+    bar = progress_bar(steps, leave=False) if progress else steps
     nets = [self._fit_router(clusters, cache) if q < 0 else self._fit_expert(q, dls, cache) for q in bar]
     self.router, self.experts = nets[0], nets[1:]
     self.size, self.device, self.normalize = size, device, getattr(dls.train, 'normalize', None)
@@ -93,8 +95,10 @@ def _fit_expert(self:HierarchicalClassifier, q, dls, cache):
     members, child, seed = self.hierarchy.clusters[q], self.hierarchy.children[q], self.seed + 1 + q
     if len(members) == 1: return None
     view, spec = class_view(dls, members), self.expert_specs[q]
-    if child is not None: return HierarchicalClassifier(child, spec, spec, self.recipe, seed).fit(view, cache, progress=False)
-    return fit_network(view, spec, self.recipe, seed, f'the expert of cluster {q} ({", ".join(map(str, view.vocab[:3]))} ...)', cache)
+    if child is not None:
+        return HierarchicalClassifier(child, spec, spec, self.recipe, seed).fit(view, cache, progress=False)
+    name = f'the expert of cluster {q} ({", ".join(map(str, view.vocab[:3]))} ...)'
+    return fit_network(view, spec, self.recipe, seed, name, cache)
 
 # %% ../nbs/50_hierarchical.ipynb #7ebb97c8
 @patch
@@ -105,8 +109,11 @@ def _inputs(self:HierarchicalClassifier, data):
     elif hasattr(data, 'dataset'): images, rows_of = torch.cat([x for x, *_ in data]), None
     else: images, rows_of = torch.as_tensor(data), None
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.size):
-        raise ValueError(f"images have shape {tuple(images.shape)}; this classifier takes (N, 3, {self.size[0]}, {self.size[1]})")
-    if images.dtype == torch.uint8 and self.normalize is None: raise ValueError("this classifier was trained on DataLoaders that normalise by themselves: pass such a loader (dls.test_dl(files))")
+        h, w = self.size
+        raise ValueError(f"images have shape {tuple(images.shape)}; this classifier takes (N, 3, {h}, {w})")
+    if images.dtype == torch.uint8 and self.normalize is None:
+        raise ValueError("this classifier was trained on DataLoaders that normalise by themselves: "
+                         "pass such a loader (dls.test_dl(files))")
     prepare = self.normalize if images.dtype == torch.uint8 else (lambda x: x)
     take = lambda rows: prepare(images[rows if rows_of is None else rows_of[rows]].to(self.device))
     return len(images if rows_of is None else rows_of), take
@@ -117,8 +124,12 @@ def _inputs(self:HierarchicalClassifier, data):
 def _run(self:HierarchicalClassifier, net, take, rows, bs=256):
     "Probabilities of one network, or of a nested classifier, for some rows of the inputs."
     if net is None: return torch.ones(len(rows), 1)
-    if isinstance(net, HierarchicalClassifier): return torch.cat([net._combine(*net._opinions(len(r), lambda i: take(r)[i])) for r in rows.split(bs)])
-    return torch.cat([net(take(r)).softmax(1).cpu() for r in rows.split(bs)])
+    return torch.cat([_ask(net, take(r)).cpu() for r in rows.split(bs)])
+
+def _ask(net, x):
+    "Probabilities for a batch of inputs, from a network or a nested classifier."
+    if isinstance(net, HierarchicalClassifier): return net._combine(*net._opinions(len(x), x.__getitem__))
+    return net(x).softmax(1)
 
 @patch
 def _opinions(self:HierarchicalClassifier, n, take):
@@ -140,7 +151,8 @@ def predict_proba(self:HierarchicalClassifier,
     n = self.hierarchy.n_clusters
     if not 1 <= k <= n: raise ValueError(f"k={k}: there are {n} clusters to follow")
     if duplicates not in ('sum', 'max'): raise ValueError(f"duplicates must be 'sum' or 'max', not {duplicates!r}")
-    if getattr(images, 'shuffle', False): raise ValueError("the loader is shuffled, so the answers would come in no known order")
+    if getattr(images, 'shuffle', False):
+        raise ValueError("the loader is shuffled, so the answers would come in no known order")
     return self._combine(*self._opinions(*self._inputs(images)), k, duplicates).numpy()
 
 @patch
@@ -242,15 +254,16 @@ def _per_cluster(p, asked, probs, y, h):
         at = home == q
         expert = np.array(members)[asked[q].argmax(1).numpy()] == y
         share = lambda v: v[at].mean() if at.any() else np.nan
-        rows.append({'classes': len(members), 'images': at.sum(), 'routed here': share(routed == q), 'expert right': share(expert), 'FC': share(probs.argmax(1) == y)})
+        rows.append({'classes': len(members), 'images': at.sum(), 'routed here': share(routed == q),
+                     'expert right': share(expert), 'FC': share(probs.argmax(1) == y)})
     return pd.DataFrame(rows).rename_axis('cluster')
 
 # %% ../nbs/50_hierarchical.ipynb #bdb7437a
 @patch
 def _config(self:HierarchicalClassifier):
     "Everything but the weights, as JSON values."
-    return dict(hierarchy=json.loads(self.hierarchy.to_json()), router=self.router_spec.to_dict(), experts=[s.to_dict() for s in self.expert_specs],
-                recipe=asdict(self.recipe), seed=self.seed, size=self.size, normalize=self.normalize and asdict(self.normalize),
+    return dict(hierarchy=json.loads(self.hierarchy.to_json()), router=self.router_spec.to_dict(),
+                experts=[s.to_dict() for s in self.expert_specs], recipe=asdict(self.recipe), seed=self.seed, size=self.size, normalize=self.normalize and asdict(self.normalize),
                 children=[e._config() if isinstance(e, HierarchicalClassifier) else None for e in self.experts])
 
 @patch
@@ -271,11 +284,13 @@ def save(self:HierarchicalClassifier,
     "Write weights (safetensors) and everything else (JSON) to `folder`."
     if self.experts is None: raise ValueError("this classifier isn't trained yet: there is nothing to save")
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder/'classifier.json').exists(): raise FileExistsError(f"{folder} holds something other than a saved classifier; choose another folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder/'classifier.json').exists():
+        raise FileExistsError(f"{folder} holds something other than a saved classifier; choose another folder")
     part, old = (folder.with_name(f'.{folder.name}.{what}{os.getpid()}') for what in ('part', 'old'))
     part.mkdir(parents=True)
     save_file(self._state(), part/'model.safetensors')
-    about = {'format': 'hdfast.HierarchicalClassifier.1', 'versions': dict(hdfast=__version__, torch=torch.__version__, python=platform.python_version()), 'provenance': provenance}
+    versions = dict(hdfast=__version__, torch=torch.__version__, python=platform.python_version())
+    about = dict(format='hdfast.HierarchicalClassifier.1', versions=versions, provenance=provenance)
     (part/'classifier.json').write_text(json.dumps(about | self._config(), indent=1, ensure_ascii=False))
     if folder.exists(): os.replace(folder, old)
     os.replace(part, folder)
@@ -285,19 +300,24 @@ def save(self:HierarchicalClassifier,
 # %% ../nbs/50_hierarchical.ipynb #516364fc
 def _check_state(found, expected):
     "Raise a ValueError that names the weights in which `found` differs from `expected`."
-    problems = [f"{k} is missing" for k in expected if k not in found] + [f"{k} isn't part of this classifier" for k in found if k not in expected]
-    problems += [f"{k} has shape {tuple(found[k].shape)}, not {tuple(v.shape)}" for k, v in expected.items() if k in found and found[k].shape != v.shape]
-    if problems: raise ValueError(f"model.safetensors and classifier.json don't belong together: {'; '.join(problems[:5])}" + (f" (and {len(problems)-5} more)" if len(problems) > 5 else ''))
+    problems = [f"{k} is missing" for k in expected if k not in found]
+    problems += [f"{k} isn't part of this classifier" for k in found if k not in expected]
+    problems += [f"{k} has shape {tuple(found[k].shape)}, not {tuple(v.shape)}"
+                 for k, v in expected.items() if k in found and found[k].shape != v.shape]
+    more = f" (and {len(problems)-5} more)" if len(problems) > 5 else ''
+    if problems: raise ValueError(f"model.safetensors and classifier.json don't belong together: {'; '.join(problems[:5])}{more}")
 
 @patch(cls_method=True)
 def _from_config(cls:HierarchicalClassifier, d):
     "A classifier with untrained networks from what `_config` gave."
     spec, h = NetworkSpec.from_dict, ClassHierarchy.from_json(json.dumps(d['hierarchy']))
     self = cls(h, spec(d['router']), [spec(s) for s in d['experts']], Recipe(**d['recipe']), d['seed'])
-    self.size, self.normalize = tuple(d['size']), d['normalize'] and Normalization(**{k: tuple(v) for k, v in d['normalize'].items()})
+    stats = d['normalize']
+    self.size, self.normalize = tuple(d['size']), stats and Normalization(tuple(stats['mean']), tuple(stats['std']))
     build = lambda spec, n: build_network(spec, n, self.size, seed=0).eval() if n > 1 else None
     self.router = build(self.router_spec, h.n_clusters)
-    self.experts = [cls._from_config(child) if child else build(s, len(q)) for child, s, q in zip(d['children'], self.expert_specs, h.clusters)]
+    self.experts = [cls._from_config(child) if child else build(s, len(q))
+                    for child, s, q in zip(d['children'], self.expert_specs, h.clusters)]
     return self
 
 @patch
@@ -315,11 +335,15 @@ def load(cls:HierarchicalClassifier,
 ) -> HierarchicalClassifier:
     "Read a saved classifier; FileNotFoundError or ValueError that says what is wrong."
     folder = Path(folder)
-    if folder.suffix in ('.pkl', '.pth', '.pt'): raise ValueError(f"{folder.name} is a pickle, which can run any code when it is read: hdfast loads only folders that `save` wrote")
+    if folder.suffix in ('.pkl', '.pth', '.pt'):
+        raise ValueError(f"{folder.name} is a pickle, which can run any code when it is read: "
+                         "hdfast loads only folders that `save` wrote")
     for name in ('classifier.json', 'model.safetensors'):
         if not (folder/name).is_file(): raise FileNotFoundError(f"{folder} has no {name}: it isn't a saved classifier")
     d = json.loads((folder/'classifier.json').read_text())
-    if d.get('format') != 'hdfast.HierarchicalClassifier.1': raise ValueError(f"{folder/'classifier.json'} has format {d.get('format')!r}; this version of hdfast reads 'hdfast.HierarchicalClassifier.1'")
+    if d.get('format') != 'hdfast.HierarchicalClassifier.1':
+        raise ValueError(f"{folder/'classifier.json'} has format {d.get('format')!r}; "
+                         "this version of hdfast reads 'hdfast.HierarchicalClassifier.1'")
     self, state = cls._from_config(d), load_file(folder/'model.safetensors')
     _check_state(state, self._state())
     self._load_state(state)

@@ -10,9 +10,9 @@ __all__ = ['optimizers', 'RECIPES', 'View', 'ImageView', 'Normalization', 'Image
 
 # %% ../nbs/40_learners.ipynb #a42bf9b7
 import hashlib, json, os, random
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.schedule import Learner
@@ -20,7 +20,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Category
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.optimizer import Adam, OptimWrapper, SGD
+from fastai.optimizer import Adam, OptimWrapper
 from fastai.torch_core import TensorCategory, TensorImage, default_device, to_device
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
@@ -71,14 +71,17 @@ class Normalization:
     mean:tuple # three floats
     std:tuple  # three floats
     def _stat(self, v, x): return torch.tensor(v, dtype=torch.float32, device=x.device)[:, None, None]
-    def __call__(self, x): return x.float().mul_(1/(255*self._stat(self.std, x))).sub_(self._stat(self.mean, x)/self._stat(self.std, x))
+    def __call__(self, x):
+        mean, std = self._stat(self.mean, x), self._stat(self.std, x)
+        return x.float().mul_(1/(255*std)).sub_(mean/std)
     def decode(self, x): return (x*self._stat(self.std, x) + self._stat(self.mean, x)).clamp(0, 1)
 
 # %% ../nbs/40_learners.ipynb #954c425e
 class ImageDL(TfmdDL):
     "A fastai DataLoader over an `ImageView` that makes whole batches on the device."
     def __init__(self, dataset, bs=128, shuffle=False, normalize=None, augment=None, device=None, num_workers=0, **kwargs):
-        super().__init__(dataset, bs=max(1, min(bs, len(dataset))), shuffle=shuffle, num_workers=0, device=device, do_setup=False, **kwargs)
+        fits = max(1, min(bs, len(dataset)))
+        super().__init__(dataset, bs=fits, shuffle=shuffle, num_workers=0, device=device, do_setup=False, **kwargs)
         self.wanted_bs, self.normalize, self.augment = bs, normalize, augment
     def __iter__(self):
         self.before_iter()
@@ -96,7 +99,8 @@ def decode(self:ImageDL, b): return TensorImage(self.normalize.decode(b[0].cpu()
 @patch
 def new(self:ImageDL, dataset=None, cls=None, **kwargs):
     "A loader with the same settings over another view."
-    own = dict(bs=self.wanted_bs, shuffle=self.shuffle, normalize=self.normalize, augment=self.augment, device=self.device, after_batch=self.after_batch)
+    own = dict(bs=self.wanted_bs, shuffle=self.shuffle, normalize=self.normalize, augment=self.augment,
+               device=self.device, after_batch=self.after_batch)
     return ImageDL(self.dataset if dataset is None else dataset, **{**own, **kwargs})
 
 # %% ../nbs/40_learners.ipynb #89283035
@@ -121,7 +125,7 @@ def dataloaders(self:ImageSet,
 ) -> DataLoaders:   # three loaders: train (shuffled), valid (the held-out slice) and test
     "A fastai `DataLoaders` over the images in memory."
     device = torch.device(device or default_device())
-    normalize, pixels = Normalization(*(tuple(v.tolist()) for v in map(torch.as_tensor, self.mean_std()))), self.images.to(device)
+    normalize, pixels = Normalization(*(tuple(v.tolist()) for v in self.mean_std())), self.images.to(device)
     view = lambda index: ImageView(pixels, index.to(device), self.labels[index].to(device), self.classes, self.fingerprint())
     new = lambda index, **kwargs: ImageDL(view(index), bs=bs, normalize=normalize, device=device, **kwargs)
     return DataLoaders(new(self.train, shuffle=True, augment=augment), new(self.held_out), new(self.test), device=device)
@@ -160,7 +164,8 @@ def cluster_view(
     h:ClassHierarchy, # hierarchy of the same K classes
 ) -> DataLoaders:     # over h.n_clusters labels
     "The same samples, labelled by the home cluster of their class."
-    if list(map(str, dls.vocab)) != list(h.classes): raise ValueError(f"the hierarchy is of other classes than the data: {_first_difference(h.classes, dls.vocab)}")
+    if list(map(str, dls.vocab)) != list(h.classes):
+        raise ValueError(f"the hierarchy is of other classes than the data: {_first_difference(h.classes, dls.vocab)}")
     return _views(dls, lambda v: v.relabel(h.home.copy(), [f'cluster {q}' for q in range(h.n_clusters)]))
 
 def _first_difference(a, b):
@@ -174,7 +179,8 @@ def class_view(
 ) -> DataLoaders:   # over n labels; ValueError if there's nothing to train on
     "The samples of some classes, numbered 0 to n-1 in the given order."
     K, classes = len(dls.vocab), [int(c) for c in classes]
-    if not classes or min(classes) < 0 or max(classes) >= K: raise ValueError(f"class ids must lie in 0..{K-1}, at least one; got {classes}")
+    if not classes or min(classes) < 0 or max(classes) >= K:
+        raise ValueError(f"class ids must lie in 0..{K-1}, at least one; got {classes}")
     mapping = torch.full((K,), -1)
     mapping[classes] = torch.arange(len(classes))
     views = _views(dls, lambda v: v.relabel(mapping.to(v.targets.device), [dls.vocab[c] for c in classes]))
@@ -193,22 +199,25 @@ class Recipe:
     wd:float=0.         # weight decay
     bs:int=128          # batch size
     def __post_init__(self):
-        if self.schedule not in ('constant', 'one_cycle'): raise ValueError(f"schedule must be 'constant' or 'one_cycle', not {self.schedule!r}")
-        if self.optimizer not in optimizers: raise ValueError(f"optimizer must be one of {', '.join(optimizers)}, not {self.optimizer!r}")
+        for field, choices in (('schedule', ('constant', 'one_cycle')), ('optimizer', tuple(optimizers))):
+            value = getattr(self, field)
+            if value not in choices: raise ValueError(f"{field} must be one of {', '.join(choices)}, not {value!r}")
         if self.epochs < 1: raise ValueError(f"a recipe needs at least one epoch, got {self.epochs}")
 
 # %% ../nbs/40_learners.ipynb #4b5eb1e5
 def _sgd(params, lr, **kwargs): return OptimWrapper(params, torch.optim.SGD, lr=lr, momentum=.9, foreach=True)
 optimizers = {'sgd': _sgd, 'adam': Adam}
 
-RECIPES = {'paper': Recipe('paper'), 'one_cycle': Recipe('one_cycle', epochs=24, lr=1e-3, schedule='one_cycle', optimizer='adam', wd=.01)}
+RECIPES = {'paper': Recipe('paper'),
+           'one_cycle': Recipe('one_cycle', epochs=24, lr=1e-3, schedule='one_cycle', optimizer='adam', wd=.01)}
 
 def recipe(
     name,            # a name in RECIPES, or a Recipe
     **changes,       # fields to change, such as epochs=5
 ) -> Recipe:         # ValueError that lists the names if there's none of that name
     "The named recipe, with changes."
-    if isinstance(name, str) and name not in RECIPES: raise ValueError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
+    if isinstance(name, str) and name not in RECIPES:
+        raise ValueError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
     return replace(RECIPES[name] if isinstance(name, str) else name, **changes)
 
 # %% ../nbs/40_learners.ipynb #6d287735
@@ -217,7 +226,8 @@ class StopOnNaN(Callback):
     def __init__(self, which): self.which = which
     def after_batch(self):
         if self.training and not torch.isfinite(self.loss):
-            raise FloatingPointError(f"the loss of {self.which} became {self.loss.item()} in epoch {self.epoch+1}, batch {self.iter+1}: lower the learning rate, or look at its inputs")
+            raise FloatingPointError(f"the loss of {self.which} became {self.loss.item()} in epoch {self.epoch+1}, "
+                                     f"batch {self.iter+1}: lower the learning rate, or look at its inputs")
 
 class SkipValidation(Callback):
     "Don't go through the held-out slice after each epoch."
@@ -286,11 +296,11 @@ def fit_network(
     validate:bool=False,    # look at the held-out slice after each epoch, and show it
 ) -> nn.Module:             # in eval mode, on the device of `dls`
     "Train one network by `recipe`, or load it if the cache has it."
-    learn = network_learner(dls, spec, seed=seed, metrics=accuracy if validate else None, cbs=None if validate else SkipValidation())
+    learn = network_learner(dls, spec, seed, metrics=accuracy, cbs=[] if validate else [SkipValidation()])
     file = cache and Path(cache)/f"{network_key(dls, spec, recipe, seed)}.safetensors"
     if file and file.exists(): learn.model.load_state_dict(load_file(file, device=str(dls.device)))
     else:
-        with learn.no_bar(), learn.no_logging() if not validate else learn.no_bar(): learn.fit_recipe(recipe, seed, name)
+        with learn.no_bar(), nullcontext() if validate else learn.no_logging(): learn.fit_recipe(recipe, seed, name)
         if file: save_weights(learn.model, file)
     return learn.model.eval()
 
@@ -310,9 +320,11 @@ def save_weights(
 def network_key(dls, spec, recipe, seed) -> str:
     "A name for the network that this training gives: a hash of the samples, the labels, the spec, the recipe and the seed."
     data = dls.train.dataset
-    if not isinstance(data, ImageView): raise ValueError("only networks on an ImageSet can be cached: other DataLoaders don't tell what is in them")
-    settings = dict(spec=network_spec(spec).to_dict(), recipe=asdict(recipe), seed=seed, classes=list(map(str, data.vocab)), images=data.source,
-                    augment=getattr(dls.train.augment, '__name__', str(dls.train.augment)), device=dls.device.type, normalize=asdict(dls.train.normalize))
+    if not isinstance(data, ImageView):
+        raise ValueError("only networks on an ImageSet can be cached: other DataLoaders don't tell what is in them")
+    settings = dict(spec=network_spec(spec).to_dict(), recipe=asdict(recipe), seed=seed, classes=list(map(str, data.vocab)),
+                    images=data.source, augment=getattr(dls.train.augment, '__name__', str(dls.train.augment)),
+                    device=dls.device.type, normalize=asdict(dls.train.normalize))
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for t in (data.index, data.targets): key.update(t.cpu().numpy().tobytes())
     return key.hexdigest()[:20]
@@ -324,7 +336,8 @@ def probabilities(
     dl,                 # a loader that isn't shuffled
 ) -> tuple:             # probabilities (N, K) and targets (N,), numpy
     "Softmax outputs of `net` for every sample of `dl`, and the targets."
-    if getattr(dl, 'shuffle', False): raise ValueError("the loader is shuffled: use dls.valid or dls[2], or dls.train.new(shuffle=False)")
+    if getattr(dl, 'shuffle', False):
+        raise ValueError("the loader is shuffled: use dls.valid or dls[2], or dls.train.new(shuffle=False)")
     was, net = net.training, net.eval()
     out = [(net(x).softmax(1).cpu(), torch.as_tensor(y).cpu()) for x, y in dl]
     net.train(was)

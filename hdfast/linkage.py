@@ -17,7 +17,8 @@ def check_distance(
 ) -> np.ndarray: # D as float64, shape (K, K); else ValueError
     "Return `D` as float64 if it is a distance matrix; otherwise say what is wrong."
     D = np.asarray(D, dtype=np.float64)
-    if D.ndim != 2 or D.shape[0] != D.shape[1] or not D.size: raise ValueError(f"a distance matrix is square, (K, K) with K >= 1; got shape {D.shape}")
+    if D.ndim != 2 or D.shape[0] != D.shape[1] or not D.size:
+        raise ValueError(f"a distance matrix is square, (K, K) with K >= 1; got shape {D.shape}")
     if not np.isfinite(D).all(): raise ValueError("the distance matrix has NaN or infinite values")
     if (D < 0).any(): raise ValueError("the distance matrix has negative values: was it made from raw counts?")
     if np.diag(D).any(): raise ValueError("the diagonal of the distance matrix must be zero")

@@ -55,7 +55,8 @@ def plot_overlap(
     for column, colour, marker in zip(('HC contains', 'HC home', 'FC'), (palette[5], palette[4], palette[0]), '^so'):
         ax.errorbar(labels, made[column], made[f'{column} sd'].fillna(0), color=colour, marker=marker, capsize=3, label=column)
     for column, marker in (('paper HC', 'P'), ('paper FC', '*')):
-        if made[column].notna().any(): ax.plot(labels, made[column], ls='', marker=marker, ms=9, color='black', mfc='none', label=f'{column[6:]}, paper')
+        if made[column].notna().any():
+            ax.plot(labels, made[column], ls='', marker=marker, ms=9, color='black', mfc='none', label=f'{column[6:]}, paper')
     if not np.isnan(flat['paper FC']): ax.axhline(flat['paper FC'], color='#777777', lw=1, ls=':', label='FC, flat net, paper')
     ax.set(ylabel='accuracy, %', title=title)
     ax.spines[['top', 'right']].set_visible(False)
