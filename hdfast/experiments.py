@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['repository', 'FAMILIES', 'pages_folder', 'EXPERIMENTS', 'profiles', 'provenance', 'Family', 'hierarchy_rows',
-           'runs_of', 'summarise', 'paper_table', 'write_aside', 'save_result', 'save_figure', 'Experiment',
-           'check_page', 'run_page', 'select', 'reproduce']
+           'runs_of', 'summarise', 'paper_table', 'write_aside', 'save_result', 'save_figure', 'load_result', 'caption',
+           'Experiment', 'check_page', 'run_page', 'select', 'reproduce']
 
 # %% ../nbs/80_experiments.ipynb #90864d6f
 import json, os, platform, re, subprocess, sys, time
@@ -172,6 +172,25 @@ def save_figure(
     fig.savefig(Path(out)/f'{name}.svg', metadata={'Date': None})
     fig.savefig(Path(out)/f'{name}.png', dpi=150)
     return [Path(out)/f'{name}.svg', Path(out)/f'{name}.png']
+
+# %% ../nbs/80_experiments.ipynb #864e58e5
+def load_result(
+    out,      # folder that `save_result` wrote to
+    name:str, # of the experiment
+) -> tuple:   # table (DataFrame) and what is known about it (dict)
+    "The summary table of an experiment and its provenance; FileNotFoundError if it hasn't been run."
+    file = Path(out)/f'{name}.json'
+    if not file.exists(): raise FileNotFoundError(f"{name} hasn't been run: there is no {file}; `hdfast reproduce --only {name}` makes it")
+    return pd.read_csv(file.with_suffix('.csv'), dtype={'clusters': str, 'gamma': str}), json.loads(file.read_text())
+
+def caption(
+    about:dict, # provenance, from `load_result`
+) -> str:
+    "Profile, runs, epochs, device, versions and commit of a result in one line."
+    p, m = about['parameters'], about['provenance']
+    commit = (m['git_sha'] or 'unknown')[:10] + (' with changes' if m['git_dirty'] else '')
+    return (f"profile {m['profile']}, {p['runs']} run(s) of {p['epochs']} epochs, {m['device']}, torch {m['versions']['torch']}, "
+            f"commit {commit}, {about['wall_seconds']/60:.0f} min")
 
 # %% ../nbs/80_experiments.ipynb #d884ff21
 @dataclass(frozen=True)

@@ -103,11 +103,10 @@ def _fit_expert(self:HierarchicalClassifier, q, dls, cache):
 # %% ../nbs/50_hierarchical.ipynb #7ebb97c8
 @patch
 def _inputs(self:HierarchicalClassifier, data):
-    "The number of images in `data`, and a function from rows to network inputs."
+    "The number of images in `data`, a function from rows to network inputs, and the targets if `data` has them."
     if self.experts is None: raise ValueError("this classifier isn't trained yet: call .fit(dls), or .load(folder)")
-    if isinstance(data, ImageDL): images, rows_of = data.dataset.images, data.dataset.index
-    elif hasattr(data, 'dataset'): images, rows_of = torch.cat([x for x, *_ in data]), None
-    else: images, rows_of = torch.as_tensor(data), None
+    if getattr(data, 'shuffle', False): raise ValueError("the loader is shuffled, so the answers would come in no known order")
+    images, rows_of, targets = _raw(data)
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.size):
         h, w = self.size
         raise ValueError(f"images have shape {tuple(images.shape)}; this classifier takes (N, 3, {h}, {w})")
@@ -115,8 +114,14 @@ def _inputs(self:HierarchicalClassifier, data):
         raise ValueError("this classifier was trained on DataLoaders that normalise by themselves: "
                          "pass such a loader (dls.test_dl(files))")
     prepare = self.normalize if images.dtype == torch.uint8 else (lambda x: x)
-    take = lambda rows: prepare(images[rows if rows_of is None else rows_of[rows]].to(self.device))
-    return len(images if rows_of is None else rows_of), take
+    return len(rows_of), lambda rows: prepare(images[rows_of[rows]].to(self.device)), targets
+
+def _raw(data):
+    "Images, the rows of them that are meant, and targets or None, from an `ImageDL`, any other loader, or an array."
+    if isinstance(data, ImageDL): return data.dataset.images, data.dataset.index, data.dataset.targets.cpu()
+    if not hasattr(data, 'dataset'): return (images := torch.as_tensor(data)), torch.arange(len(images)), None
+    x, *y = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(*data))
+    return x, torch.arange(len(x)), y[0].cpu() if y else None
 
 # %% ../nbs/50_hierarchical.ipynb #2dd05160
 @patch
@@ -151,9 +156,8 @@ def predict_proba(self:HierarchicalClassifier,
     n = self.hierarchy.n_clusters
     if not 1 <= k <= n: raise ValueError(f"k={k}: there are {n} clusters to follow")
     if duplicates not in ('sum', 'max'): raise ValueError(f"duplicates must be 'sum' or 'max', not {duplicates!r}")
-    if getattr(images, 'shuffle', False):
-        raise ValueError("the loader is shuffled, so the answers would come in no known order")
-    return self._combine(*self._opinions(*self._inputs(images)), k, duplicates).numpy()
+    n_images, take, _ = self._inputs(images)
+    return self._combine(*self._opinions(n_images, take), k, duplicates).numpy()
 
 @patch
 def predict(self:HierarchicalClassifier,
@@ -215,8 +219,9 @@ def evaluate(self:HierarchicalClassifier,
     flat=None, # the flat network, for its own row and the free router
 ) -> Evaluation:
     "Accuracy of every way of routing, what is lost where, and accuracy per cluster."
-    n, take = self._inputs(dl)
-    y, rows, h = np.asarray(torch.cat([torch.as_tensor(y).cpu() for _, y in dl])), torch.arange(n), self.hierarchy
+    n, take, y = self._inputs(dl)
+    if y is None: raise ValueError("evaluate needs the true classes: pass a loader with labels, such as dls[2]")
+    y, rows, h = y.numpy(), torch.arange(n), self.hierarchy
     p, ask = self._opinions(n, take)
     asked = [ask(i, rows) for i in range(h.n_clusters)]
     follow = lambda p, **kwargs: self._combine(p, lambda i, rows: asked[i][rows], **kwargs).numpy()
@@ -347,6 +352,17 @@ def load(cls:HierarchicalClassifier,
     self, state = cls._from_config(d), load_file(folder/'model.safetensors')
     _check_state(state, self._state())
     self._load_state(state)
+    return self
+
+# %% ../nbs/50_hierarchical.ipynb #833c296a
+@patch
+def to(self:HierarchicalClassifier,
+    device, # 'cpu', 'cuda', ...
+) -> HierarchicalClassifier:
+    "Move every network to `device`."
+    self.device = torch.device(device)
+    for net in (self.router, *self.experts):
+        if net is not None: net.to(device)
     return self
 
 # %% ../nbs/50_hierarchical.ipynb #04198c5d

@@ -58,7 +58,8 @@ def plot_overlap(
         if made[column].notna().any():
             ax.plot(labels, made[column], ls='', marker=marker, ms=9, color='black', mfc='none', label=f'{column[6:]}, paper')
     if not np.isnan(flat['paper FC']): ax.axhline(flat['paper FC'], color='#777777', lw=1, ls=':', label='FC, flat net, paper')
-    ax.set(ylabel='accuracy, %', title=title)
+    ax.set(ylabel='accuracy, %')
+    ax.set_title(title, fontsize=10, loc='left')
     ax.spines[['top', 'right']].set_visible(False)
     ax.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, .5), frameon=False)
     return ax

@@ -17,6 +17,7 @@ LINK = re.compile(r'(\]\()(?!\w+:|#|/)([^)\s]+)')
 def prepare(path, relink):
     "The notebook at `path` as a reader sees it: without hidden cells and directives, its markdown links passed through `relink`"
     nb = nbformat.read(path, as_version=4)
+    nb.metadata['language_info'] = {'name': 'python'}
     nb.cells = [c for c in nb.cells if not (c.cell_type == 'code' and HIDDEN.search(c.source))]
     for c in nb.cells:
         if c.cell_type == 'code': c.source = DIRECTIVE.sub('', c.source).strip('\n')
