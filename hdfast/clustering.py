@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from fastcore.basics import patch
 from matplotlib import pyplot as plt
-from scipy.cluster.hierarchy import dendrogram, to_tree
+from scipy.cluster.hierarchy import dendrogram, is_valid_linkage, to_tree
 from sklearn.cluster import KMeans, SpectralClustering
 from .confusion import check_confusion, distance_matrix
 from .linkage import average_linkage
@@ -73,8 +73,10 @@ class ClassHierarchy:
         put = lambda k, v: object.__setattr__(self, k, v)
         put('classes', tuple(map(str, self.classes)))
         put('clusters', tuple(tuple(int(i) for i in q) for q in self.clusters))
-        put('home', np.array(self.home, dtype=np.int64))
+        put('home', _whole_numbers(self.home))
         put('linkage', np.array(self.linkage, dtype=np.float64).reshape(-1, 4))
+        put('max_size', int(self.max_size))
+        put('gamma', None if self.gamma is None else float(self.gamma))
         put('children', tuple(self.children) if self.children is not None else (None,)*len(self.clusters))
         self.home.setflags(write=False)
         self.linkage.setflags(write=False)
@@ -85,6 +87,12 @@ class ClassHierarchy:
     def n_clusters(self): return len(self.clusters)
 
 # %% ../nbs/20_clustering.ipynb #ff850671
+def _whole_numbers(a):
+    "`a` as a new int64 array; ValueError if it holds anything but whole numbers."
+    a = np.array(a)
+    if a.size and a.dtype.kind not in 'iu': raise ValueError(f"home must hold the number of a cluster for each class, not {a.dtype}")
+    return a.astype(np.int64)
+
 def _check_hierarchy(h):
     "Raise a ValueError that names the first thing that doesn't hold together in `h`."
     K, n = h.n_classes, h.n_clusters
@@ -92,6 +100,8 @@ def _check_hierarchy(h):
     if h.home.shape != (K,) or not K:
         raise ValueError(f"home has shape {h.home.shape}; {K} classes need ({K},), and at least one class")
     if h.linkage.shape != (K-1, 4): raise ValueError(f"the linkage of {K} classes has shape ({K-1}, 4), not {h.linkage.shape}")
+    if K > 1 and not (np.isfinite(h.linkage).all() and is_valid_linkage(h.linkage)): raise ValueError("the linkage isn't a tree of the classes")
+    if h.gamma is not None and not h.gamma > 0: raise ValueError(f"gamma must be positive or None, got {h.gamma}")
     if (h.home < 0).any() or (h.home >= n).any(): raise ValueError(f"home names a cluster outside 0..{n-1}")
     for q, members in enumerate(h.clusters):
         if list(members) != sorted(set(members)) or members[:1] < (0,) or members[-1] >= K:
@@ -189,7 +199,7 @@ def plot(self:ClassHierarchy,
 def _dict(self:ClassHierarchy):
     "The fields as plain lists and numbers."
     return dict(classes=self.classes, clusters=self.clusters, home=self.home.tolist(), linkage=self.linkage.tolist(),
-                max_size=int(self.max_size), gamma=self.gamma, children=[c and c._dict() for c in self.children])
+                max_size=self.max_size, gamma=self.gamma, children=[c and c._dict() for c in self.children])
 
 @patch
 def to_json(self:ClassHierarchy) -> str:
@@ -213,7 +223,8 @@ def from_json(cls:ClassHierarchy, s:str) -> ClassHierarchy:
     d = json.loads(s)
     if not isinstance(d, dict) or d.pop('format', None) != 'hdfast.ClassHierarchy.1':
         raise ValueError("this JSON isn't a ClassHierarchy (format hdfast.ClassHierarchy.1)")
-    return _from_dict(d)
+    try: return _from_dict(d)
+    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"this ClassHierarchy can't be read: {e!r}") from e
 
 # %% ../nbs/20_clustering.ipynb #b1b61170
 def hierarchy_from_groups(
@@ -289,6 +300,7 @@ def refine(self:ClassHierarchy,
     child:ClassHierarchy, # hierarchy of this cluster's classes, in their order
 ) -> ClassHierarchy:
     "The same hierarchy, with `child` inside cluster `q`."
+    if not 0 <= q < self.n_clusters: raise ValueError(f"there is no cluster {q}: they are numbered 0 to {self.n_clusters-1}")
     return replace(self, children=[child if i == q else c for i, c in enumerate(self.children)])
 
 # %% ../nbs/20_clustering.ipynb #478d9807

@@ -39,7 +39,8 @@ def _check_probs(probs, n_samples, n_classes):
 # %% ../nbs/10_confusion.ipynb #16e0fd11
 def _check_targets(targets, n_classes):
     "Raise a ValueError unless `targets` are class ids in 0..n_classes-1."
-    if targets.ndim != 1: raise ValueError(f"targets must be one class id per sample, shape (N,); got shape {targets.shape}")
+    if targets.ndim != 1 or (targets.size and targets.dtype.kind not in 'iu'):
+        raise ValueError(f"targets must be one class id per sample, an integer array of shape (N,); got {targets.dtype} of shape {targets.shape}")
     if targets.size and not (0 <= targets.min() and targets.max() < n_classes):
         raise ValueError(f"targets run from {targets.min()} to {targets.max()}; with n_classes={n_classes} "
                          f"they must lie in 0..{n_classes-1}")
@@ -56,7 +57,7 @@ def confusion_matrix(
     _check_targets(targets, n_classes)
     _check_probs(probs, len(targets), n_classes)
     if not soft: probs = np.eye(n_classes)[probs.argmax(1)]
-    C = np.zeros((n_classes, n_classes))
+    C, targets = np.zeros((n_classes, n_classes)), targets.astype(np.int64)
     np.add.at(C, targets, probs)
     absent = np.bincount(targets, minlength=n_classes) == 0
     C[absent, absent] = 1

@@ -8,6 +8,7 @@ __all__ = ['combine', 'HierarchicalClassifier', 'routing_scores', 'calibration_e
 
 # %% ../nbs/50_hierarchical.ipynb #e87d350f
 import json, os, platform, shutil
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
@@ -15,13 +16,14 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from . import __version__
 from .clustering import ClassHierarchy, cluster_classes, max_size_for
 from .confusion import confusion_matrix
 from .learners import ImageDL, Normalization, Recipe, build_network, class_view, cluster_view, fit_network
-from .learners import probabilities, recipe
+from .learners import image_size, probabilities, recipe
 from .networks import NetworkSpec, network_spec
 
 # %% ../nbs/50_hierarchical.ipynb #4b1c8974
@@ -34,13 +36,14 @@ def combine(
     duplicates='sum' # for a class in several clusters: 'sum' or 'max' of its confidences
 ) -> torch.Tensor:   # class probabilities, (N, K), rows sum to 1
     "Confidence of every class (eq. 2) over the `k` best clusters, normalised."
-    out = torch.zeros(len(p), n_classes)
-    followed = torch.zeros_like(p, dtype=torch.bool).scatter_(1, p.topk(k, dim=1).indices, True)
+    if duplicates not in ('sum', 'max'): raise ValueError(f"duplicates must be 'sum' or 'max', not {duplicates!r}")
+    out, best = torch.zeros(len(p), n_classes, dtype=p.dtype), p.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    followed = torch.zeros_like(p, dtype=torch.bool).scatter_(1, best, True)
     for i, members in enumerate(clusters):
         rows = followed[:, i].nonzero()[:, 0]
         if not len(rows): continue
         at = (rows[:, None], torch.tensor(members)[None])
-        confidence = p[rows, i, None]*assign(i, rows)
+        confidence = p[rows, i, None]*assign(i, rows).to(p.dtype)
         out[at] = out[at] + confidence if duplicates == 'sum' else torch.maximum(out[at], confidence)
     return out/out.sum(1, keepdim=True)
 
@@ -77,7 +80,7 @@ def fit(self:HierarchicalClassifier,
 ) -> HierarchicalClassifier:
     "Train the hierarchy classifier on cluster labels and an expert on the classes of each cluster."
     h, clusters = self.hierarchy, cluster_view(dls, self.hierarchy)
-    size, device = tuple(dls.one_batch()[0].shape[-2:]), torch.device(dls.device)
+    size, device = image_size(dls), torch.device(dls.device)
     steps = range(-1, h.n_clusters) # the hierarchy classifier, then the experts
     bar = progress_bar(steps, leave=False) if progress else steps
     nets = [self._fit_router(clusters, cache) if q < 0 else self._fit_expert(q, dls, cache) for q in bar]
@@ -113,7 +116,9 @@ def _inputs(self:HierarchicalClassifier, data):
     if images.dtype == torch.uint8 and self.normalize is None:
         raise ValueError("this classifier was trained on DataLoaders that normalise by themselves: "
                          "pass such a loader (dls.test_dl(files))")
-    prepare = self.normalize if images.dtype == torch.uint8 else (lambda x: x)
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}: pass uint8 pixels, or floats that are normalised already")
+    prepare = self.normalize if images.dtype == torch.uint8 else torch.Tensor.float
     return len(rows_of), lambda rows: prepare(images[rows_of[rows]].to(self.device)), targets
 
 def _raw(data):
@@ -129,7 +134,11 @@ def _raw(data):
 def _run(self:HierarchicalClassifier, net, take, rows, bs=256):
     "Probabilities of one network, or of a nested classifier, for some rows of the inputs."
     if net is None: return torch.ones(len(rows), 1)
-    return torch.cat([_ask(net, take(r)).cpu() for r in rows.split(bs)])
+    training = isinstance(net, nn.Module) and net.training
+    if training: net.eval()
+    out = torch.cat([_ask(net, take(r)).cpu() for r in rows.split(bs)])
+    if training: net.train()
+    return out
 
 def _ask(net, x):
     "Probabilities for a batch of inputs, from a network or a nested classifier."
@@ -149,13 +158,12 @@ def _combine(self:HierarchicalClassifier, p, assign, k=1, duplicates='sum'):
 @patch
 def predict_proba(self:HierarchicalClassifier,
     images,            # uint8 (N, 3, H, W), or a loader that isn't shuffled; floats are taken as normalised already
-    k:int=1,           # clusters to follow per image; the number of clusters gives the full product
+    k:int=1,           # clusters to follow per image, at the top level; the number of clusters gives the full product
     duplicates='sum',  # a class in several clusters: 'sum' or 'max'
 ) -> np.ndarray:       # (N, K), rows sum to 1, in the order of the images
     "Probabilities over all classes (eq. 2)."
     n = self.hierarchy.n_clusters
     if not 1 <= k <= n: raise ValueError(f"k={k}: there are {n} clusters to follow")
-    if duplicates not in ('sum', 'max'): raise ValueError(f"duplicates must be 'sum' or 'max', not {duplicates!r}")
     n_images, take, _ = self._inputs(images)
     return self._combine(*self._opinions(n_images, take), k, duplicates).numpy()
 
@@ -222,6 +230,7 @@ def evaluate(self:HierarchicalClassifier,
     n, take, y = self._inputs(dl)
     if y is None: raise ValueError("evaluate needs the true classes: pass a loader with labels, such as dls[2]")
     y, rows, h = y.numpy(), torch.arange(n), self.hierarchy
+    if list(map(str, dl.vocab)) != list(h.classes): raise ValueError("the loader's classes aren't the classifier's, or stand in another order")
     p, ask = self._opinions(n, take)
     asked = [ask(i, rows) for i in range(h.n_clusters)]
     follow = lambda p, **kwargs: self._combine(p, lambda i, rows: asked[i][rows], **kwargs).numpy()
@@ -229,7 +238,7 @@ def evaluate(self:HierarchicalClassifier,
     table = {} if flat is None else {'flat net': class_scores(flat_probs, y)}
     for way, p_, k, duplicates in _ways(p, flat_probs, y, h):
         probs = follow(p_, k=k, duplicates=duplicates)
-        table[way] = class_scores(probs, y) | (_losses(p_.argmax(1).numpy(), probs, y, h) if k == 1 else {})
+        table[way] = class_scores(probs, y) | (_losses(p_.numpy().argmax(1), probs, y, h) if k == 1 else {})
     return Evaluation(pd.DataFrame(table).T[_columns(table)], _per_cluster(p, asked, follow(p), y, h), n)
 
 # %% ../nbs/50_hierarchical.ipynb #34a645c1
@@ -253,7 +262,7 @@ def _columns(table): return list(dict.fromkeys(c for row in sorted(table.values(
 # %% ../nbs/50_hierarchical.ipynb #3111c5ae
 def _per_cluster(p, asked, probs, y, h):
     "A row per cluster: its classes, the images whose home it is, and how they fare."
-    routed, home = p.argmax(1).numpy(), h.home[y]
+    routed, home = p.numpy().argmax(1), h.home[y]
     rows = []
     for q, members in enumerate(h.clusters):
         at = home == q
@@ -281,6 +290,29 @@ def _state(self:HierarchicalClassifier, prefix=''):
     return state
 
 # %% ../nbs/50_hierarchical.ipynb #4b1b3fc0
+_format = 'hdfast.HierarchicalClassifier.1'
+
+def _replaceable(folder):
+    "Whether `folder` is empty, or holds a saved classifier and nothing else."
+    names = {f.name for f in folder.iterdir()}
+    return not names or names == {'classifier.json', 'model.safetensors'} and _format in (folder/'classifier.json').read_text(encoding='utf-8')
+
+@contextmanager
+def _aside(folder):
+    "A new folder that takes the place of `folder` at the end, if nothing fails; else `folder` stays as it was."
+    part, old = (folder.with_name(f'.{folder.name}.{what}{os.getpid()}') for what in ('part', 'old'))
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if folder.exists(): os.replace(folder, old)
+        os.replace(part, folder)
+    except BaseException:
+        if old.exists() and not folder.exists(): os.replace(old, folder)
+        raise
+    finally:
+        for left in (part, old): shutil.rmtree(left, ignore_errors=True)
+
+# %% ../nbs/50_hierarchical.ipynb #89626de5
 @patch
 def save(self:HierarchicalClassifier,
     folder,          # where to; replaced if it holds a saved classifier
@@ -289,17 +321,13 @@ def save(self:HierarchicalClassifier,
     "Write weights (safetensors) and everything else (JSON) to `folder`."
     if self.experts is None: raise ValueError("this classifier isn't trained yet: there is nothing to save")
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder/'classifier.json').exists():
+    if folder.exists() and not _replaceable(folder):
         raise FileExistsError(f"{folder} holds something other than a saved classifier; choose another folder")
-    part, old = (folder.with_name(f'.{folder.name}.{what}{os.getpid()}') for what in ('part', 'old'))
-    part.mkdir(parents=True)
-    save_file(self._state(), part/'model.safetensors')
     versions = dict(hdfast=__version__, torch=torch.__version__, python=platform.python_version())
-    about = dict(format='hdfast.HierarchicalClassifier.1', versions=versions, provenance=provenance)
-    (part/'classifier.json').write_text(json.dumps(about | self._config(), indent=1, ensure_ascii=False))
-    if folder.exists(): os.replace(folder, old)
-    os.replace(part, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    about = dict(format=_format, versions=versions, provenance=provenance) | self._config()
+    with _aside(folder) as part:
+        save_file(self._state(), part/'model.safetensors')
+        (part/'classifier.json').write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')
     return folder
 
 # %% ../nbs/50_hierarchical.ipynb #516364fc
@@ -309,6 +337,7 @@ def _check_state(found, expected):
     problems += [f"{k} isn't part of this classifier" for k in found if k not in expected]
     problems += [f"{k} has shape {tuple(found[k].shape)}, not {tuple(v.shape)}"
                  for k, v in expected.items() if k in found and found[k].shape != v.shape]
+    problems += [f"{k} is {found[k].dtype}, not {v.dtype}" for k, v in expected.items() if k in found and found[k].dtype != v.dtype]
     more = f" (and {len(problems)-5} more)" if len(problems) > 5 else ''
     if problems: raise ValueError(f"model.safetensors and classifier.json don't belong together: {'; '.join(problems[:5])}{more}")
 
@@ -340,16 +369,20 @@ def load(cls:HierarchicalClassifier,
 ) -> HierarchicalClassifier:
     "Read a saved classifier; FileNotFoundError or ValueError that says what is wrong."
     folder = Path(folder)
-    if folder.suffix in ('.pkl', '.pth', '.pt'):
+    if folder.suffix in ('.pkl', '.pth', '.pt') and not folder.is_dir():
         raise ValueError(f"{folder.name} is a pickle, which can run any code when it is read: "
                          "hdfast loads only folders that `save` wrote")
     for name in ('classifier.json', 'model.safetensors'):
         if not (folder/name).is_file(): raise FileNotFoundError(f"{folder} has no {name}: it isn't a saved classifier")
-    d = json.loads((folder/'classifier.json').read_text())
-    if d.get('format') != 'hdfast.HierarchicalClassifier.1':
-        raise ValueError(f"{folder/'classifier.json'} has format {d.get('format')!r}; "
-                         "this version of hdfast reads 'hdfast.HierarchicalClassifier.1'")
-    self, state = cls._from_config(d), load_file(folder/'model.safetensors')
+    try: return cls._read(json.loads((folder/'classifier.json').read_text(encoding='utf-8')), load_file(folder/'model.safetensors'))
+    except (KeyError, TypeError, AttributeError, SafetensorError) as e:
+        raise ValueError(f"{folder} is damaged: {e!r}") from e
+
+@patch(cls_method=True)
+def _read(cls:HierarchicalClassifier, d, state):
+    "A classifier from its description and its weights."
+    if d.get('format') != _format: raise ValueError(f"classifier.json has format {d.get('format')!r}; this version of hdfast reads {_format!r}")
+    self = cls._from_config(d)
     _check_state(state, self._state())
     self._load_state(state)
     return self
@@ -390,6 +423,6 @@ def decompose(
     how, names = _recipe(recipe), list(map(str, dls.vocab))
     net = flat if isinstance(flat, nn.Module) else fit_network(dls, flat, how, seed, 'the flat network', cache)
     probs, y = probabilities(net, dls.valid)
-    C = confusion_matrix(y, probs, len(names))
-    h = cluster_classes(C, max_size_for(C, n_clusters or max(1, round(len(names)**.5)), names), gamma, names)
+    C, wanted = confusion_matrix(y, probs, len(names)), max(1, round(len(names)**.5)) if n_clusters is None else n_clusters
+    h = cluster_classes(C, max_size_for(C, wanted, names), gamma, names)
     return Decomposition(net, C, HierarchicalClassifier(h, router, expert, how, seed).fit(dls, cache, progress))

@@ -1,0 +1,371 @@
+"The command line: what a shell sees of `hdfast`, in this process where possible, and in processes of its own for start-up and kill -9."
+import json, shutil, signal, subprocess, sys, time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from hdfast import __version__, datasets, experiments, hierarchical, learners
+from hdfast.cli import COMMANDS, EXAMPLES, about, main
+from hdfast.clustering import ClassHierarchy
+from hdfast.hierarchical import HierarchicalClassifier
+
+MLPS = ['--flat', 'MLP_30', '--router', 'MLP_10', '--expert', 'MLP_10', '--size', 16, '--device', 'cpu', '--clusters', 3]
+SHORT = [*MLPS, '--recipe', 'one_cycle', '--epochs', 8]
+
+
+@pytest.fixture(autouse=True, scope='module')
+def cache(tmp_path_factory):
+    "One cache of decoded images for all of these tests"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('HDFAST_CACHE', str(tmp_path_factory.mktemp('cache')))
+        patch.delenv('HDFAST_DEBUG', raising=False)
+        yield
+
+
+@pytest.fixture(scope='module')
+def family(image_folder, tmp_path_factory):
+    "What `hdfast decompose` makes of the folder, with overlapping clusters"
+    out = tmp_path_factory.mktemp('cli')/'family'
+    assert main(['decompose', image_folder, '--out', out, '--gamma', 3, *SHORT]) == 0
+    return out
+
+
+@pytest.fixture
+def copy(family, tmp_path): return Path(shutil.copytree(family/'model', tmp_path/'model'))
+
+
+def refused(capsys, *argv, status=2):
+    "The one line on standard error with which a command ends"
+    capsys.readouterr()
+    assert main(argv) == status
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith('hdfast: '), lines
+    return lines[0]
+
+
+def shell(*argv, **kwargs):
+    "A process of its own that runs the command"
+    program = [sys.executable, '-c', 'import sys; from hdfast.cli import main; sys.exit(main())', *map(str, argv)]
+    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+# ---- help
+
+@pytest.mark.parametrize('argv', [[], ['--help'], ['-h'], ['help']])
+def test_help_names_every_command_with_an_example(argv, capsys):
+    assert main(argv) == 0
+    text = capsys.readouterr().out
+    for name in COMMANDS: assert f'\n  {name} ' in text and EXAMPLES[name] in text
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_of_a_command(name, capsys):
+    assert main([name, '--help']) == 0
+    text = ' '.join(capsys.readouterr().out.split())
+    assert COMMANDS[name].__doc__ in text and f'Example: {EXAMPLES[name]}' in text and '--traceback' in text
+    assert '--pdb' not in text
+
+
+def test_version(capsys):
+    assert main(['--version']) == 0
+    assert capsys.readouterr().out == f'hdfast {__version__}\n'
+
+
+def test_help_and_version_do_not_wait_for_torch():
+    code = ("import sys; from hdfast.cli import main; main([]); main(['--version']); [main([c, '--help']) for c in ('reproduce', 'decompose', 'predict')]; "
+            "assert not {'torch', 'fastai', 'pandas', 'matplotlib'} & {*sys.modules}")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, '')
+
+
+def test_about():
+    assert [about(s) for s in (0, 59, 60, 130, 3600, 5400.1, 86400)] == [
+        'under a minute', 'under a minute', 'about 1 minute', 'about 2 minutes', 'about 1 hour', 'about 2 hours', 'about 1 day']
+
+
+# ---- decompose
+
+def test_decompose_is_the_library(family, image_folder):
+    images = datasets.image_folder(image_folder, 16)
+    dls = images.dataloaders(device='cpu')
+    how = learners.recipe('one_cycle', epochs=8)
+    same = hierarchical.decompose(dls, 3, 3., 'MLP_30', 'MLP_10', 'MLP_10', how, progress=False)
+    loaded, x = HierarchicalClassifier.load(family/'model'), images.images[images.test]
+    assert loaded.hierarchy == same.classifier.hierarchy == ClassHierarchy.from_json((family/'hierarchy.json').read_text())
+    np.testing.assert_array_equal(loaded.predict_proba(x), same.classifier.predict_proba(x))
+    C = pd.read_csv(family/'confusion.csv', index_col='class')
+    assert tuple(C.index) == tuple(C.columns) == images.classes
+    np.testing.assert_allclose(C, same.confusion, atol=1e-5)
+    table = same.classifier.evaluate(dls[2], same.flat)
+    np.testing.assert_allclose(pd.read_csv(family/'evaluation.csv', index_col='routing').loc[table.table.index], table.table, atol=1e-5)
+    np.testing.assert_allclose(pd.read_csv(family/'clusters.csv', index_col='cluster'), table.clusters, atol=1e-5)
+
+
+def test_decompose_leaves_its_files_and_where_the_model_came_from(family):
+    assert sorted(f.name for f in family.iterdir()) == ['clusters.csv', 'confusion.csv', 'dendrogram.png', 'dendrogram.svg',
+                                                        'evaluation.csv', 'hierarchy.json', 'model', 'networks']
+    made = json.loads((family/'model'/'classifier.json').read_text())['provenance']
+    assert made['profile'] == 'decompose' and made['flat'] == 'MLP_30' and len(made['fingerprint']) == 16 and made['versions']['hdfast'] == __version__
+
+
+def test_decompose_says_what_it_does_and_how_long_it_takes(family, image_folder, capsys):
+    assert main(['decompose', image_folder, '--out', family, '--gamma', 3, *SHORT]) == 0
+    out, err = capsys.readouterr()
+    for step in range(1, 6): assert f'[{step}/5]' in out
+    assert 'under a minute in all' in out and 'trained before' in out and 'flat net' in out and f'hdfast predict {family}' in out
+    assert '\r' not in out and '█' not in out and err == ''
+
+
+def test_decompose_of_a_named_set_without_clusters(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(datasets.IMAGE_SETS, 'synthetic', lambda **kwargs: datasets.synthetic(2, 1, 20, **kwargs))
+    assert main(['decompose', 'synthetic', '--out', tmp_path/'out', '--flat', 'MLP_10', '--expert', 'MLP_10', '--size', 16, '--epochs', 1, '--device', 'cpu']) == 0
+    assert '2 classes in 1 clusters' in capsys.readouterr().out # the square root of 2; no router is trained
+    assert len(list((tmp_path/'out'/'networks').iterdir())) == 2
+    Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path/'grey.png')
+    assert predicted(capsys, tmp_path/'out', tmp_path/'grey.png')[0]['cluster'] == 0
+
+
+def test_corrupt_files_stop_it_or_are_left_out(image_folder, tmp_path, capsys):
+    folder = tmp_path/'pictures'
+    for c in sorted(image_folder.iterdir())[:3]: shutil.copytree(c, folder/c.name)
+    bad = folder/'amber-1'/'notes.png'
+    bad.write_text('not a picture')
+    argv = ['decompose', folder, '--out', tmp_path/'out', *SHORT]
+    line = refused(capsys, *argv)
+    assert str(bad) in line and '--skip-corrupt' in line and 'skip_corrupt' not in line
+    assert not (tmp_path/'out').exists()
+    assert main([*argv, '--skip-corrupt']) == 0
+    out, err = capsys.readouterr()
+    assert '3 classes' in out
+    assert err.startswith('hdfast: left out 1 of 61 files') and len(err.splitlines()) == 1
+
+
+def test_kill_and_go_on(image_folder, tmp_path, capsys):
+    "kill -9 in the middle of training; the same command then needs only the networks that are missing"
+    argv = ['decompose', image_folder, '--out', tmp_path/'out', *MLPS, '--epochs', 30]
+    networks, start = tmp_path/'out'/'networks', time.monotonic()
+    process = shell(*argv)
+    while not (networks.exists() and list(networks.glob('*.safetensors'))) and process.poll() is None and time.monotonic() < start + 120:
+        time.sleep(.02)
+    assert process.poll() is None and networks.exists(), process.stderr.read()
+    process.send_signal(signal.SIGKILL)
+    out, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL and '[2/5]' in out and err == '' # no library's warning either
+    before = {f.name: f.stat().st_mtime_ns for f in networks.glob('*.safetensors')}
+    assert before and not (tmp_path/'out'/'model').exists()
+    assert main(argv) == 0
+    after = {f.name: f.stat().st_mtime_ns for f in networks.glob('*.safetensors')}
+    assert 'trained before' in capsys.readouterr().out and len(after) > len(before)
+    assert {name: after[name] for name in before} == before
+    assert main([*argv[:3], tmp_path/'whole', *argv[4:]]) == 0
+    one, other = (load_file(tmp_path/d/'model'/'model.safetensors') for d in ('out', 'whole'))
+    assert one.keys() == other.keys()
+    for k in one: np.testing.assert_array_equal(one[k], other[k])
+
+
+# ---- predict
+
+def predicted(capsys, *argv):
+    capsys.readouterr()
+    assert main(['predict', *argv, '--json']) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_predict_is_load_and_predict(family, image_folder, capsys):
+    files = sorted(image_folder.rglob('*.png'))
+    model, x = HierarchicalClassifier.load(family/'model'), datasets.decode(files, 16)
+    rows, probs, classes = predicted(capsys, family, image_folder, '--top', 2), model.predict_proba(x), model.hierarchy.classes
+    assert [r['path'] for r in rows] == list(map(str, files))
+    assert [r['class'] for r in rows] == [classes[c] for c in model.predict(x)]
+    np.testing.assert_allclose([r['probability'] for r in rows], probs.max(1), atol=2e-6)
+    np.testing.assert_allclose([[c['probability'] for c in r['top']] for r in rows], np.sort(probs, 1)[:, :-3:-1], atol=2e-6)
+    for r in rows: assert classes.index(r['class']) in model.hierarchy.clusters[r['cluster']]
+
+
+def test_predict_takes_the_model_too_and_files_and_folders(family, image_folder, copy, capsys):
+    one, folder = sorted((image_folder/'amber-2').iterdir())[3], image_folder/'amber-1'
+    rows = predicted(capsys, family, one, folder)
+    assert [r['path'] for r in rows] == [str(one), *map(str, sorted(folder.iterdir()))]
+    assert predicted(capsys, copy, one, folder) == rows
+    assert len(predicted(capsys, family, one, '--top', 99)[0]['top']) == 9
+    assert main(['predict', str(family), str(one)]) == 0
+    first = rows[0]
+    assert capsys.readouterr().out.startswith(f"{one}: {first['class']} {first['probability']:.1%} (cluster {first['cluster']}), ")
+
+
+def test_predict_answers_the_readable_images(family, image_folder, tmp_path, capsys):
+    good, half = next((image_folder/'amber-3').iterdir()), tmp_path/'half.png'
+    half.write_bytes(good.read_bytes()[:100])
+    assert main(['predict', family, half, good, tmp_path/'gone.png']) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith(f'{good}: ') and len(out.splitlines()) == 1
+    assert err.splitlines() == [f'hdfast: {half}: no readable image', f'hdfast: {tmp_path}/gone.png: No such file or directory']
+    assert main(['predict', family, half]) == 2 and capsys.readouterr().out == ''
+
+
+def test_predict_passes_hidden_files(family, image_folder, tmp_path, capsys):
+    (tmp_path/'x'/'.thumbs').mkdir(parents=True)
+    for name in ('.hidden.png', '.thumbs/1.png', 'seen.png'): shutil.copy(next((image_folder/'amber-1').iterdir()), tmp_path/'x'/name)
+    assert [r['path'] for r in predicted(capsys, family, tmp_path/'x')] == [str(tmp_path/'x'/'seen.png')]
+
+
+# ---- bad input
+
+BAD = {
+    'no such command': (['decompse'], "no command 'decompse'; there are reproduce, decompose, predict"),
+    'an option first': (['--out', 'x'], "no command '--out'"),
+    'profile': (['reproduce', '--profile', 'fast'], "no profile 'fast'; there are smoke, cpu, paper"),
+    'experiment': (['reproduce', '--only', 'table_9'], 'no experiment table_9; it has mlp_synthetic'),
+    'reproduce into a file': (['reproduce', '--out', '{file}'], 'is a file'),
+    'unknown option': (['reproduce', '--fast'], 'unrecognized arguments: --fast (hdfast reproduce --help'),
+    'no --out': (['decompose', '{folder}'], 'required: --out'),
+    'no number': (['decompose', '{folder}', '--out', '{new}', '--size', 'large'], "--size: invalid int value: 'large'"),
+    'no folder': (['decompose', '{new}', '--out', '{new}'], 'neither a folder nor one of the image sets synthetic'),
+    'a file for a folder': (['decompose', '{file}', '--out', '{new}'], 'neither a folder nor'),
+    'an empty folder': (['decompose', '{empty}', '--out', '{new}'], 'no class folders in'),
+    'a class folder': (['decompose', '{folder}/amber-1', '--out', '{new}'], 'no class folders in'),
+    'one class': (['decompose', '{one}', '--out', '{new}'], 'one class only, amber-1'),
+    'too few images': (['decompose', '{few}', '--out', '{new}'], 'no held-out images'),
+    'out is a file': (['decompose', '{folder}', '--out', '{file}'], 'is a file'),
+    'out among the images': (['decompose', '{folder}', '--out', '{folder}/out'], 'choose a folder elsewhere'),
+    'out has another model': (['decompose', '{folder}', '--out', '{taken}'], 'other than a saved classifier'),
+    'network': (['decompose', '{folder}', '--out', '{new}', '--router', 'CNN_9'], "no network is called 'CNN_9'"),
+    'recipe': (['decompose', '{folder}', '--out', '{new}', '--recipe', 'slow'], "no recipe 'slow'; there are paper, one_cycle"),
+    'epochs': (['decompose', '{folder}', '--out', '{new}', '--epochs', '0'], 'at least one epoch'),
+    'size': (['decompose', '{folder}', '--out', '{new}', '--size', '0'], '--size 0'),
+    'size for the network': (['decompose', '{folder}', '--out', '{new}', '--size', '8'], 'CNN_1 needs images of at least 16'),
+    'gamma': (['decompose', '{folder}', '--out', '{new}', '--gamma', '0'], '--gamma 0: it must be positive'),
+    'gamma nan': (['decompose', '{folder}', '--out', '{new}', '--gamma', 'nan'], '--gamma nan: it must be positive'),
+    'no clusters': (['decompose', '{folder}', '--out', '{new}', '--clusters', '0'], '--clusters 0'),
+    'clusters': (['decompose', '{folder}', '--out', '{new}', '--size', '16', '--clusters', '10'], "9 classes can't make 10 clusters"),
+    'seed': (['decompose', '{folder}', '--out', '{new}', '--seed', '-1'], '--seed -1'),
+    'device': (['decompose', '{folder}', '--out', '{new}', '--size', '16', '--device', 'abacus'], "'cpu' always works"),
+    'no image': (['predict', '{family}'], 'required: IMAGE'),
+    'no model': (['predict', '{new}', '{file}'], 'no classifier.json'),
+    'not a model': (['predict', '{folder}', '{file}'], 'no classifier.json'),
+    'a pickle': (['predict', '{new}.pkl', '{file}'], 'run any code'),
+    'top': (['predict', '{family}', '{folder}', '--top', '0'], '--top 0'),
+    'nothing in the folder': (['predict', '{family}', '{empty}'], 'holds no images')}
+
+
+@pytest.fixture(scope='module')
+def places(family, image_folder, tmp_path_factory):
+    "Folders and files to be refused"
+    tmp = tmp_path_factory.mktemp('places')
+    for d in ('empty', 'taken/model'): (tmp/d).mkdir(parents=True)
+    for f in ('file', 'taken/model/thesis.txt'): (tmp/f).write_text('important')
+    shutil.copytree(image_folder/'amber-1', tmp/'one'/'amber-1')
+    for c in ('amber-1', 'amber-2'):
+        (tmp/'few'/c).mkdir(parents=True)
+        for f in sorted((image_folder/c).iterdir())[:2]: shutil.copy(f, tmp/'few'/c)
+    return dict(folder=image_folder, family=family, new=tmp/'new') | {d: tmp/d for d in ('empty', 'taken', 'file', 'one', 'few')}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input(name, places, capsys):
+    argv, message = BAD[name]
+    line = refused(capsys, *(a.format(**places) for a in argv))
+    assert message in line
+    assert not (places['new']/'networks').exists() and (places['taken']/'model'/'thesis.txt').read_text() == 'important'
+
+
+def test_damaged_models(copy, image_folder, capsys):
+    image, weights, about = next((image_folder/'amber-1').iterdir()), copy/'model.safetensors', copy/'classifier.json'
+    whole, text = weights.read_bytes(), about.read_text()
+    for damage in (whole[:200], b'', b'\xff'*500):
+        weights.write_bytes(damage)
+        assert 'is damaged' in refused(capsys, 'predict', copy, image)
+    weights.unlink()
+    assert 'no model.safetensors' in refused(capsys, 'predict', copy, image)
+    weights.write_bytes(whole)
+    for damage in (text[:-30], '', '{"format": "hdfast.HierarchicalClassifier.1"}'):
+        about.write_text(damage)
+        assert 'is damaged' in refused(capsys, 'predict', copy, image)
+    about.write_text(text.replace('Classifier.1"', 'Classifier.9"'))
+    assert "'hdfast.HierarchicalClassifier.9'" in refused(capsys, 'predict', copy, image)
+    about.write_text(text)
+    assert main(['predict', copy, image]) == 0
+
+
+def test_a_loss_that_is_not_a_number_names_the_network(image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(learners.RECIPES, 'paper', replace(learners.RECIPES['paper'], lr=1e20))
+    line = refused(capsys, 'decompose', image_folder, '--out', tmp_path/'out', *MLPS)
+    assert line.startswith('hdfast: the loss of the flat network became')
+
+
+def test_traceback_on_request(capsys, monkeypatch):
+    argv = ['reproduce', '--only', 'table_9']
+    assert main([*argv, '--traceback']) == 2
+    assert 'Traceback' in (err := capsys.readouterr().err) and err.splitlines()[-1].startswith('hdfast: ')
+    monkeypatch.setenv('HDFAST_DEBUG', '1')
+    assert main(argv) == 2
+    assert 'Traceback' in capsys.readouterr().err
+
+
+def test_mistakes_of_ours_are_not_hidden(monkeypatch):
+    def wrong(*args): raise RuntimeError('a mistake')
+    monkeypatch.setattr(experiments, 'select', wrong)
+    with pytest.raises(RuntimeError, match='a mistake'): main(['reproduce'])
+
+
+def test_ctrl_c(image_folder, family, tmp_path, monkeypatch, capsys):
+    def stop(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr(HierarchicalClassifier, 'fit', stop)
+    line = refused(capsys, 'decompose', image_folder, '--out', tmp_path/'out', *SHORT, status=130)
+    assert line == 'hdfast: stopped; the same command goes on where it stopped'
+    assert (tmp_path/'out'/'hierarchy.json').exists() and len(list((tmp_path/'out'/'networks').iterdir())) == 2
+    monkeypatch.setattr(HierarchicalClassifier, 'load', stop)
+    assert refused(capsys, 'predict', family, 'x.png', status=130) == 'hdfast: stopped'
+
+
+def test_bad_input_in_a_shell():
+    process = shell('predict', 'family')
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, '')
+    assert err == 'hdfast: predict: the following arguments are required: IMAGE (hdfast predict --help explains)\n'
+
+
+# ---- reproduce
+
+@pytest.fixture
+def runner(monkeypatch):
+    "`reproduce` of the library replaced by a record of its arguments; set `.found` to choose what it returns"
+    class Runner:
+        found, called = {'mlp_synthetic': {}}, []
+        def __call__(self, *args): self.called = self.called + [args]; return self.found
+    runner = Runner()
+    monkeypatch.setattr(experiments, 'reproduce', runner)
+    monkeypatch.setattr(experiments, 'papermill', object())
+    return runner
+
+
+def test_reproduce_says_what_it_will_do(runner, capsys):
+    assert main(['reproduce']) == 0
+    out = capsys.readouterr().out
+    assert 'Profile smoke: 2 experiments, mlp_synthetic, cnn_synthetic' in out and 'under 3 minutes' in out
+    assert main(['reproduce', '--only', 'cnn_cifar100', 'mlp_cifar100', '--only', 'mlp_caltech101', '--profile', 'paper', '--out', 'there']) == 0
+    assert '3 experiments, cnn_cifar100, mlp_cifar100, mlp_caltech101' in capsys.readouterr().out
+    assert runner.called == [('smoke', None, Path('runs/smoke')), ('paper', ['cnn_cifar100', 'mlp_cifar100', 'mlp_caltech101'], Path('there'))]
+
+
+def test_reproduce_fails_with_1(runner):
+    runner.found = {'mlp_synthetic': {}, 'cnn_synthetic': RuntimeError('no')}
+    assert main(['reproduce']) == 1
+
+
+def test_reproduce_needs_papermill(runner, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, 'papermill', None)
+    assert "pip install 'hdfast[reproduce]'" in refused(capsys, 'reproduce')
+    assert runner.called == []
+
+
+def test_list(runner, capsys):
+    assert main(['reproduce', '--list']) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ['name', 'regenerates', 'profiles'] and [r[0] for r in rows[1:]] == list(experiments.EXPERIMENTS)
+    assert ['mlp_caltech101', 'Table', '3', 'cpu,', 'paper'] in rows and runner.called == []

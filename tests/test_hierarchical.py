@@ -1,0 +1,612 @@
+"Combining, predicting, evaluating, saving and loading: by hand, by brute force, and against hiclass."
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fastai.vision.all import ImageDataLoaders, Learner, get_image_files, parent_label
+from hypothesis import given, strategies as st
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression
+
+import hdfast.hierarchical as hierarchical
+from hdfast.clustering import ClassHierarchy, cluster_classes, cluster_recursively, hierarchy_from_groups
+from hdfast.confusion import check_confusion
+from hdfast.hierarchical import HierarchicalClassifier, calibration_error, class_scores, combine, decompose, routing_scores
+from hdfast.learners import class_view, cluster_view, fit_network, recipe
+from hdfast.networks import network
+
+short, one_epoch = recipe('one_cycle', epochs=2), recipe('one_cycle', epochs=1)
+C9 = .5*np.eye(9) + .3*np.kron(np.eye(3), np.full((3, 3), 1/3)) + .2/9
+
+
+def fit(h, dls, router='MLP_8', expert='MLP_6', **kwargs): return HierarchicalClassifier(h, router, expert, recipe=short, **kwargs).fit(dls, progress=False)
+
+
+def hierarchy(kind, images):
+    "The hierarchies that a saved classifier may have."
+    names = images.classes
+    return {'taxonomy': lambda: hierarchy_from_groups(images.superclasses, names),
+            'overlap': lambda: cluster_classes(C9, 3, 8, names),
+            'singletons': lambda: hierarchy_from_groups(range(9), names),
+            'some singletons': lambda: hierarchy_from_groups([0, 0, 0, 0, 0, 1, 2, 3, 3], names),
+            'one cluster': lambda: hierarchy_from_groups([0]*9, names),
+            'nested': lambda: hierarchy_from_groups([0]*6 + [1]*3, names).refine(0, hierarchy_from_groups([0, 0, 0, 1, 1, 2], names[:6])),
+            'nested twice': lambda: cluster_recursively(C9, [6, 3, 2], classes=names),
+            'nested and overlapping': lambda: cluster_recursively(C9, [6, 3], 8, names)}[kind]()
+
+KINDS = ['taxonomy', 'overlap', 'singletons', 'some singletons', 'one cluster', 'nested', 'nested twice', 'nested and overlapping']
+
+
+@pytest.fixture(scope='module')
+def fitted(images):
+    "A classifier for each kind of hierarchy, trained once."
+    made = {}
+    def get(kind):
+        if kind not in made: made[kind] = fit(hierarchy(kind, images), images.dataloaders(device='cpu', bs=32))
+        return made[kind]
+    return get
+
+
+@pytest.fixture
+def classifier(fitted): return fitted('overlap')
+
+
+@pytest.fixture(scope='module')
+def test_images(images): return images.images[images.test]
+
+
+# ---- combine
+
+def asked(q): return lambda i, rows: q[i][rows]
+
+
+def test_combining_by_hand():
+    p, clusters = torch.tensor([[.6, .4], [.3, .7]]), ((0, 1), (1, 2))
+    q = [torch.tensor([[.5, .5], [1., 0.]]), torch.tensor([[.9, .1], [.2, .8]])]
+    close = lambda got, want: torch.testing.assert_close(got, torch.tensor(want), atol=1e-6, rtol=0)
+    close(combine(p, asked(q), clusters, 3), [[.5, .5, 0], [0, .2, .8]])
+    close(combine(p, asked(q), clusters, 3, k=2), [[.3, .66, .04], [.3, .14, .56]])
+    close(combine(p, asked(q), clusters, 3, k=2, duplicates='max'), [[.3/.7, .36/.7, .04/.7], [.3, .14, .56]])
+
+
+@st.composite
+def opinions(draw):
+    "Cluster probabilities, an opinion of every expert, clusters that may overlap, and K."
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    K, N = draw(st.integers(1, 9)), draw(st.integers(1, 8))
+    h = cluster_classes(rng.dirichlet(np.ones(K), K), draw(st.integers(1, 5)), draw(st.sampled_from([None, 2, 5])))
+    soft = lambda n: torch.tensor(rng.dirichlet(np.full(n, draw(st.sampled_from([.2, 1, 5]))), N), dtype=torch.float32)
+    return soft(h.n_clusters), [soft(len(q)) for q in h.clusters], h.clusters, K
+
+
+@given(opinions(), st.data(), st.sampled_from(['sum', 'max']))
+def test_combined_probabilities_sum_to_one(o, data, duplicates):
+    p, q, clusters, K = o
+    out = combine(p, asked(q), clusters, K, data.draw(st.integers(1, len(clusters))), duplicates)
+    assert out.shape == (len(p), K) and (out >= 0).all() and torch.allclose(out.sum(1), torch.ones(len(p)), atol=1e-5)
+
+
+@given(opinions(), st.data(), st.sampled_from(['sum', 'max']))
+def test_combining_the_k_best_clusters_is_the_normalised_product_by_brute_force(o, data, duplicates):
+    p, q, clusters, K = o
+    k = data.draw(st.integers(1, len(clusters)))
+    out = combine(p, asked(q), clusters, K, k, duplicates)
+    for x in range(len(p)):
+        confidences = {c: [0.] for c in range(K)}
+        for i in sorted(range(len(clusters)), key=lambda i: -p[x, i])[:k]:
+            for j, c in enumerate(clusters[i]): confidences[c].append(float(p[x, i]*q[i][x, j]))
+        want = np.array([sum(v) if duplicates == 'sum' else max(v) for v in confidences.values()])
+        assert np.allclose(out[x], want/want.sum(), atol=1e-5)
+
+
+@given(opinions())
+def test_top_1_gives_the_routed_clusters_opinion_and_no_mass_elsewhere(o):
+    p, q, clusters, K = o
+    out = combine(p, asked(q), clusters, K)
+    for x, i in enumerate(p.argmax(1)):
+        assert torch.allclose(out[x, list(clusters[i])], q[i][x], atol=1e-5)
+        assert not out[x, [c for c in range(K) if c not in clusters[i]]].any()
+
+
+@given(opinions(), st.data())
+def test_an_expert_is_asked_once_and_only_about_the_images_that_follow_it(o, data):
+    p, q, clusters, K = o
+    k, calls = data.draw(st.integers(1, len(clusters))), []
+    def assign(i, rows):
+        calls.append((i, rows.tolist()))
+        return q[i][rows]
+    combine(p, assign, clusters, K, k)
+    best = [set(sorted(range(len(clusters)), key=lambda i: -row[i])[:k]) for row in p.tolist()]
+    assert sorted(calls) == [(i, rows) for i in range(len(clusters)) if (rows := [x for x, b in enumerate(best) if i in b])]
+
+
+def test_float64_probabilities_are_combined_as_well_as_float32():
+    p, q = torch.tensor([[.6, .4]], dtype=torch.float64), [torch.tensor([[.5, .5]], dtype=torch.float64)]*2
+    torch.testing.assert_close(combine(p, asked(q), ((0, 1), (1, 2)), 3, k=2), torch.tensor([[.3, .5, .2]]), check_dtype=False)
+
+
+@pytest.mark.parametrize('n', [4, 9, 30])
+def test_of_tied_clusters_the_first_is_followed_as_argmax_says(n):
+    out = combine(torch.full((3, n), 1/n), lambda i, rows: torch.ones(len(rows), 1), [(c,) for c in range(n)], n)
+    assert out.argmax(1).tolist() == [0]*3
+
+
+def test_top_1_routing_is_hiclass_with_a_classifier_per_parent_node():
+    hiclass = pytest.importorskip('hiclass', reason="hiclass is a dev dependency")
+    rng = np.random.default_rng(0)
+    clusters = ((0, 3, 5), (1, 2), (4, 6, 7, 8))
+    home = {c: i for i, members in enumerate(clusters) for c in members}
+    y = np.repeat(np.arange(9), 40)
+    centres = rng.normal(size=(3, 6))[[home[c] for c in range(9)]] + .8*rng.normal(size=(9, 6))
+    X, unseen = (centres[y] + 1.2*rng.normal(size=(len(y), 6)) for _ in range(2))
+    model = hiclass.LocalClassifierPerParentNode(LogisticRegression(max_iter=2000)).fit(X, np.array([[f'cluster {home[c]}', f'class {c}'] for c in y]))
+    want = [int(name.removeprefix('class ')) for name in model.predict(unseen)[:, 1]]
+
+    def opinion(node, labels):
+        "Probabilities of hiclass' local classifier at `node`, in the order of `labels`."
+        local = model.hierarchy_.nodes[node]['classifier']
+        names = [str(c).split('::')[-1] for c in local.classes_]
+        return torch.tensor(local.predict_proba(unseen)[:, [names.index(label) for label in labels]])
+    p = opinion(model.root_, [f'cluster {i}' for i in range(3)]).float()
+    q = [opinion(f'cluster {i}', [f'class {c}' for c in members]).float() for i, members in enumerate(clusters)]
+    ours = combine(p, asked(q), clusters, 9, k=1).argmax(1).tolist()
+    assert ours == want
+    assert combine(p, asked(q), clusters, 9, k=3).argmax(1).tolist() != want         # so routing does matter here
+
+
+# ---- fit
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_cluster_of_one_class_has_no_expert_and_one_cluster_has_no_router(kind, fitted):
+    def check(m):
+        assert (m.router is None) == (m.hierarchy.n_clusters == 1)
+        for e, members, child in zip(m.experts, m.hierarchy.clusters, m.hierarchy.children, strict=True):
+            assert (e is None) == (len(members) == 1) and isinstance(e, HierarchicalClassifier) == (child is not None)
+            if child is not None: check(e)
+    check(fitted(kind))
+
+
+def test_router_and_experts_are_the_networks_that_their_views_alone_would_give(images, dls):
+    h = hierarchy('overlap', images)
+    m = fit(h, dls, seed=5)
+    same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert same(m.router, fit_network(cluster_view(dls, h), 'MLP_8', short, seed=5))
+    for q, e in enumerate(m.experts): assert same(e, fit_network(class_view(dls, h.clusters[q]), 'MLP_6', short, seed=5 + 1 + q))
+
+
+def test_each_cluster_may_have_a_network_of_its_own(images, dls, taxonomy):
+    m = fit(taxonomy, dls, expert=['MLP_3', 'MLP_7', 'MLP_5_4'])
+    assert [[l.out_features for l in e.head if isinstance(l, torch.nn.Linear)] for e in m.experts] == [[3, 3], [7, 3], [5, 4, 3]]
+    with pytest.raises(ValueError, match='2 expert networks for 3 clusters'): HierarchicalClassifier(taxonomy, expert=['MLP', 'MLP'])
+
+
+def test_an_interrupted_fit_goes_on_where_it_stopped(taxonomy, dls, tmp_path, monkeypatch):
+    trained, real = [], Learner.fit_recipe
+    def fit_recipe(self, recipe, seed, name):
+        if len(trained) == 2: raise KeyboardInterrupt
+        trained.append(name)
+        return real(self, recipe, seed, name)
+    monkeypatch.setattr(Learner, 'fit_recipe', fit_recipe)
+    m = HierarchicalClassifier(taxonomy, 'MLP_8', 'MLP_6', recipe=short)
+    with pytest.raises(KeyboardInterrupt): m.fit(dls, cache=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="isn't trained"): m.predict(torch.zeros(1, 3, 16, 16))
+    monkeypatch.setattr(Learner, 'fit_recipe', lambda self, recipe, seed, name: (trained.append(name), real(self, recipe, seed, name))[1])
+    m.fit(dls, cache=tmp_path, progress=False)
+    assert len(trained) == len(set(trained)) == 4                                    # a router and three experts, none of them twice
+
+
+def test_a_network_that_diverges_is_named_with_its_cluster(taxonomy, dls):
+    with pytest.raises(FloatingPointError, match='the hierarchy classifier'):
+        HierarchicalClassifier(taxonomy, 'MLP_8', 'MLP_6', recipe('paper', epochs=9, lr=1e9)).fit(dls, progress=False)
+    one = hierarchy_from_groups([0]*9, taxonomy.classes)
+    with pytest.raises(FloatingPointError, match=rf'the expert of cluster 0 \({taxonomy.classes[0]}'):
+        HierarchicalClassifier(one, 'MLP_8', 'MLP_6', recipe('paper', epochs=9, lr=1e9)).fit(dls, progress=False)
+
+
+@pytest.mark.parametrize('use', [lambda m, x: m.predict(x), lambda m, x: m.predict_proba(x), lambda m, x: m.evaluate(x), lambda m, x: m.save('never')],
+                         ids=['predict', 'predict_proba', 'evaluate', 'save'])
+def test_what_is_not_trained_says_so(use, taxonomy, dls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="isn't trained yet"): use(HierarchicalClassifier(taxonomy), dls.valid)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hierarchy_of_other_classes_than_the_datas_is_refused(dls):
+    with pytest.raises(ValueError, match='2 and 9 classes'): fit(hierarchy_from_groups([0, 1]), dls)
+
+
+def test_names_of_networks_and_recipes_are_checked_at_once(taxonomy):
+    with pytest.raises(ValueError, match='CNN_9'): HierarchicalClassifier(taxonomy, expert='CNN_9')
+    with pytest.raises(ValueError, match='papr'): HierarchicalClassifier(taxonomy, recipe='papr')
+
+
+# ---- predict
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('duplicates', ['sum', 'max'])
+def test_predicted_probabilities_sum_to_one_over_all_classes(kind, duplicates, fitted, test_images):
+    m = fitted(kind)
+    for k in (1, m.hierarchy.n_clusters):
+        P = m.predict_proba(test_images, k=k, duplicates=duplicates)
+        assert P.shape == (len(test_images), 9) and (P >= 0).all() and np.allclose(P.sum(1), 1, atol=1e-5)
+        assert np.array_equal(m.predict(test_images, k=k, duplicates=duplicates), P.argmax(1))
+
+
+@pytest.mark.parametrize('kind', ['taxonomy', 'overlap', 'nested twice'])
+def test_answers_come_in_the_order_of_the_images_whatever_that_is(kind, fitted, test_images):
+    m, order = fitted(kind), np.random.default_rng(0).permutation(len(test_images))
+    P = m.predict_proba(test_images)
+    assert np.allclose(m.predict_proba(test_images[order]), P[order], atol=1e-5)
+    assert np.allclose(np.concatenate([m.predict_proba(x[None]) for x in test_images]), P, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['overlap', 'nested'])
+def test_prediction_in_batches_is_the_same_as_network_by_network(kind, fitted, images):
+    m, X = fitted(kind), images.images.repeat(3, 1, 1, 1)                            # 540 images: more than a batch
+    x = m.normalize(X)
+    def by_hand(m):
+        p = m.router(x).softmax(1)
+        q = [torch.ones(len(x), 1) if e is None else by_hand(e) if isinstance(e, HierarchicalClassifier) else e(x).softmax(1) for e in m.experts]
+        return combine(p, asked(q), m.hierarchy.clusters, m.hierarchy.n_classes)
+    with torch.no_grad(): assert np.allclose(m.predict_proba(X), by_hand(m), atol=1e-5)
+
+
+def test_top_1_puts_mass_on_the_classes_of_the_routed_cluster_alone(classifier, test_images):
+    with torch.no_grad(): routed = classifier.router(classifier.normalize(test_images)).argmax(1)
+    P = classifier.predict_proba(test_images)
+    for row, i in zip(P, routed): assert set(np.flatnonzero(row)) <= set(classifier.hierarchy.clusters[i])
+
+
+def test_arrays_tensors_normalised_floats_and_loaders_give_the_same_answers(classifier, images, dls, test_images):
+    want = classifier.predict_proba(test_images)
+    assert np.array_equal(classifier.predict_proba(dls[2]), want)
+    assert np.array_equal(classifier.predict_proba(test_images.numpy().copy()), want)
+    assert np.array_equal(classifier.predict_proba(classifier.normalize(test_images)), want)
+    batches = torch.utils.data.DataLoader([(x, 0) for x in test_images], batch_size=7)
+    assert np.allclose(classifier.predict_proba(batches), want, atol=1e-5)
+
+
+def test_no_images_give_no_answers(classifier, test_images):
+    assert classifier.predict_proba(test_images[:0]).shape == (0, 9) and classifier.predict(test_images[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize('x', [torch.zeros(2, 3, 8, 8), torch.zeros(3, 16, 16), torch.zeros(2, 1, 16, 16), torch.zeros(2, 16, 16, 3)], ids=lambda x: str(tuple(x.shape)))
+def test_images_of_another_shape_are_refused(x, classifier):
+    with pytest.raises(ValueError, match=r'takes \(N, 3, 16, 16\)'): classifier.predict(x)
+
+
+@pytest.mark.parametrize('kwargs', [dict(k=0), dict(k=4), dict(duplicates='mean')], ids=str)
+def test_a_way_of_combining_that_does_not_exist_is_refused(kwargs, fitted, test_images):
+    with pytest.raises(ValueError, match='k=|duplicates'): fitted('taxonomy').predict(test_images, **kwargs)
+
+
+def test_a_shuffled_loader_is_refused(classifier, dls):
+    with pytest.raises(ValueError, match='shuffled'): classifier.predict(dls.train)
+
+
+@pytest.mark.parametrize('dtype', [np.float64, np.int64], ids=str)
+def test_images_of_another_number_type_are_taken_or_refused_clearly(dtype, classifier, test_images):
+    try: assert classifier.predict(test_images.numpy().astype(dtype)).shape == (len(test_images),)
+    except (ValueError, TypeError): pass
+
+
+# ---- evaluate
+
+@pytest.fixture(scope='module')
+def evaluations(fitted, images):
+    "For each kind of hierarchy: the classifier, the flat net and the evaluation on the test part."
+    dls = images.dataloaders(device='cpu', bs=32)
+    flat, made = fit_network(dls, 'MLP_16', short), {}
+    def get(kind):
+        if kind not in made: made[kind] = SimpleNamespace(m=fitted(kind), flat=flat, result=fitted(kind).evaluate(dls[2], flat), y=images.labels[images.test].numpy())
+        return made[kind]
+    return get
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_what_is_lost_is_lost_by_routing_or_by_assignment(kind, evaluations):
+    t = evaluations(kind).result.table
+    routed = t[t['HC contains'].notna()]
+    assert {'top-1', 'free router', 'oracle router'} <= set(routed.index)
+    assert np.allclose(1 - routed['FC'], routed['lost by routing'] + routed['lost by assignment'], atol=1e-12)
+    assert (routed['lost by routing'] >= -1e-12).all() and (routed['lost by assignment'] >= -1e-12).all()      # so FC <= HC contains under top-1
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_cluster_that_contains_the_class_is_met_at_least_as_often_as_its_home(kind, evaluations):
+    t = evaluations(kind).result.table.loc[['top-1', 'free router', 'oracle router']]
+    assert (t['HC contains'] >= t['HC home']).all()
+    if evaluations(kind).m.hierarchy.gamma is None: assert (t['HC contains'] == t['HC home']).all()
+    assert t.loc['oracle router', ['HC home', 'HC contains']].tolist() == [1, 1] and t.loc['oracle router', 'lost by routing'] == 0
+
+
+@pytest.mark.parametrize('kind', [k for k in KINDS if 'overlap' not in k])
+def test_no_router_beats_the_oracle_where_clusters_are_disjoint(kind, evaluations):
+    t = evaluations(kind).result.table
+    assert (t.loc['oracle router', 'FC'] >= t.loc[['top-1', 'free router'], 'FC']).all()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_row_is_what_prediction_gives(kind, evaluations, test_images):
+    e = evaluations(kind)
+    acc = lambda P: (np.asarray(P).argmax(1) == e.y).mean()
+    n = e.m.hierarchy.n_clusters
+    for way, kwargs in {'top-1': {}, 'product, sum': dict(k=n), 'product, max': dict(k=n, duplicates='max')}.items():
+        assert e.result.table.loc[way, 'FC'] == pytest.approx(acc(e.m.predict_proba(test_images, **kwargs)))
+    with torch.no_grad(): assert e.result.table.loc['flat net', 'FC'] == pytest.approx(acc(e.flat(e.m.normalize(test_images))))
+    assert e.result.n == len(test_images)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_clusters_of_the_evaluation_add_up_to_the_whole(kind, evaluations):
+    e = evaluations(kind)
+    c, top1 = e.result.clusters, e.result.table.loc['top-1']
+    assert c['images'].sum() == len(e.y)
+    for column, whole in [('FC', top1['FC']), ('routed here', top1['HC home']), ('expert right', e.result.table.loc['oracle router', 'FC'])]:
+        assert (c[column]*c['images']).sum()/len(e.y) == pytest.approx(whole)
+
+
+def test_evaluation_does_without_the_flat_net(classifier, dls):
+    with_flat = classifier.evaluate(dls[2], network('MLP_4', 9, size=16, seed=0)).table
+    without = classifier.evaluate(dls[2]).table
+    assert set(with_flat.index) - set(without.index) == {'flat net', 'free router'}
+    assert with_flat.loc['top-1'].equals(without.loc['top-1'][with_flat.columns])
+
+
+def test_routing_by_hand():
+    h = ClassHierarchy('abc', [(0, 1), (1, 2)], [0, 0, 1], hierarchy_from_groups([0, 0, 1]).linkage, 2, gamma=1.)
+    assert routing_scores(np.array([0, 1, 1, 0]), np.array([0, 1, 2, 2]), h) == {'HC home': .5, 'HC contains': .75}
+
+
+def test_class_scores_by_hand():
+    probs = np.array([[.5, .2, .1, .1, .06, .04], [.5, .2, .1, .1, .06, .04], [.1, .6, .1, .1, .1, 0.], [.5, .2, .1, .1, .1, 0.]])
+    s = class_scores(probs, np.array([0, 5, 1, 5]))
+    assert s['FC'] == .5 and s['FC macro'] == pytest.approx(2/3)                     # class 0: 1, class 1: 1, class 5: 0
+    assert s['FC top-5'] == .5                                                       # class 5 is last of six, then of probability zero
+
+
+@given(st.integers(1, 60), st.integers(2, 6), st.integers(0, 2**32 - 1))
+def test_calibration_error_is_the_weighted_gap_by_brute_force(n, K, seed):
+    rng = np.random.default_rng(seed)
+    probs, y = rng.dirichlet(np.full(K, .3), n), rng.integers(0, K, n)
+    confidence, right, gaps = probs.max(1), probs.argmax(1) == y, 0
+    for b in range(15):
+        at = (confidence >= b/15) & ((confidence < (b + 1)/15) | (b == 14))
+        if at.any(): gaps += at.mean()*abs(confidence[at].mean() - right[at].mean())
+    assert calibration_error(probs, y) == pytest.approx(gaps, abs=1e-9)
+
+
+def test_evaluation_on_a_shuffled_loader_is_refused(classifier, dls, users):
+    for m, d in [(classifier, dls), (users.m, users.dls)]:
+        with pytest.raises(ValueError, match='shuffled'): m.evaluate(d.train)
+
+
+def test_evaluation_on_other_classes_is_refused(classifier, dls):
+    with pytest.raises(ValueError): classifier.evaluate(class_view(dls, [5, 1])[2])
+
+
+# ---- save and load
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_loaded_classifier_predicts_the_same_to_the_bit(kind, fitted, test_images, tmp_path):
+    m = fitted(kind)
+    again = HierarchicalClassifier.load(m.save(tmp_path/'m'))
+    for kwargs in ({}, dict(k=m.hierarchy.n_clusters), dict(k=m.hierarchy.n_clusters, duplicates='max')):
+        assert np.array_equal(again.predict_proba(test_images, **kwargs), m.predict_proba(test_images, **kwargs))
+    assert again.hierarchy == m.hierarchy and again.normalize == m.normalize and again.recipe == m.recipe and again.seed == m.seed
+    assert repr(again) == repr(m)
+    assert [s.name for s in again.expert_specs] == [s.name for s in m.expert_specs]
+
+
+def test_convolutions_come_back_to_the_bit_too(images, dls, test_images, tmp_path):
+    m = HierarchicalClassifier(hierarchy('some singletons', images), 'MLP_8', 'CNN_3', one_epoch).fit(dls, progress=False)
+    assert np.array_equal(HierarchicalClassifier.load(m.save(tmp_path/'m')).predict_proba(test_images), m.predict_proba(test_images))
+
+
+def test_a_loaded_classifier_can_be_saved_again_and_is_the_same(classifier, tmp_path):
+    one = classifier.save(tmp_path/'one')
+    two = HierarchicalClassifier.load(one).save(tmp_path/'two')
+    for name in ('classifier.json', 'model.safetensors'): assert (one/name).read_bytes() == (two/name).read_bytes()
+
+
+def test_the_folder_says_where_the_model_comes_from_and_holds_no_pickle(classifier, tmp_path):
+    folder = classifier.save(tmp_path/'a'/'deep'/'folder', provenance={'images': 'synthetic', 'epochs': 2})
+    about = json.loads((folder/'classifier.json').read_text())
+    assert about['provenance'] == {'images': 'synthetic', 'epochs': 2} and {'hdfast', 'torch', 'python'} <= set(about['versions'])
+    assert sorted(f.name for f in folder.iterdir()) == ['classifier.json', 'model.safetensors'] and not [f for f in folder.parent.iterdir() if f != folder]
+
+
+@pytest.mark.parametrize('name', ['learner.pkl', 'model.pth', 'model.pt'])
+@pytest.mark.parametrize('exists', [False, True])
+def test_a_pickle_is_refused_unread(name, exists, tmp_path):
+    if exists: (tmp_path/name).write_bytes(b'cos\nsystem\n(S"touch hacked"\ntR.')
+    with pytest.raises(ValueError, match='run any code'): HierarchicalClassifier.load(tmp_path/name)
+
+
+def test_what_is_no_saved_classifier_is_not_loaded(classifier, tmp_path):
+    with pytest.raises(FileNotFoundError, match='no classifier.json'): HierarchicalClassifier.load(tmp_path/'nowhere')
+    (tmp_path/'notes.txt').write_text('x')
+    with pytest.raises(FileNotFoundError, match='no classifier.json'): HierarchicalClassifier.load(tmp_path)
+    (classifier.save(tmp_path/'m')/'model.safetensors').unlink()
+    with pytest.raises(FileNotFoundError, match='no model.safetensors'): HierarchicalClassifier.load(tmp_path/'m')
+
+
+def edit_json(folder, change):
+    d = json.loads((folder/'classifier.json').read_text())
+    change(d)
+    (folder/'classifier.json').write_text(json.dumps(d))
+
+
+def edit_weights(folder, change):
+    state = load_file(folder/'model.safetensors')
+    change(state)
+    save_file(state, folder/'model.safetensors')
+
+
+@pytest.mark.parametrize('format', ['hdfast.HierarchicalClassifier.2', 'other', None])
+def test_another_format_is_refused_and_named(format, classifier, tmp_path):
+    folder = classifier.save(tmp_path/'m')
+    edit_json(folder, lambda d: d.update(format=format))
+    with pytest.raises(ValueError, match=f'format .*{format}'): HierarchicalClassifier.load(folder)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda s: s.pop('router.head.out.bias'), 'router.head.out.bias is missing'),
+    (lambda s: s.update(ghost=torch.zeros(1)), "ghost isn't part of this classifier"),
+    (lambda s: s.update({'router.head.out.weight': torch.zeros(7, 7)}), r'router.head.out.weight has shape \(7, 7\), not'),
+    (lambda s: [s.pop(k) for k in list(s)], r'\(and \d+ more\)'),
+], ids=['missing', 'extra', 'shape', 'all missing'])
+@pytest.mark.parametrize('kind', ['overlap', 'nested'])
+def test_weights_that_differ_from_the_description_are_named(kind, change, message, fitted, tmp_path):
+    folder = fitted(kind).save(tmp_path/'m')
+    edit_weights(folder, change)
+    with pytest.raises(ValueError, match=message): HierarchicalClassifier.load(folder)
+
+
+def test_weights_of_a_nested_classifier_are_named_by_their_place(fitted, tmp_path):
+    folder = fitted('nested').save(tmp_path/'m')
+    edit_weights(folder, lambda s: s.pop('expert_0.router.head.out.bias'))
+    with pytest.raises(ValueError, match='expert_0.router.head.out.bias is missing'): HierarchicalClassifier.load(folder)
+
+
+@pytest.mark.parametrize('change', [lambda d: d['router'].update(fc=[[9]]), lambda d: d.update(size=[20, 20]), lambda d: d['experts'].pop(),
+                                    lambda d: d['hierarchy'].update(home=[0]*9), lambda d: d['hierarchy'].update(format='x')],
+                         ids=['another router', 'another size', 'an expert less', 'a home outside its cluster', 'no hierarchy'])
+def test_a_description_that_differs_from_the_weights_is_refused(change, classifier, tmp_path):
+    folder = classifier.save(tmp_path/'m')
+    edit_json(folder, change)
+    with pytest.raises(ValueError): HierarchicalClassifier.load(folder)
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda f: (f/'classifier.json').write_text('[1]'),
+    lambda f: edit_json(f, lambda d: d.pop('router')),
+    lambda f: edit_json(f, lambda d: d.update(size=None)),
+    lambda f: edit_json(f, lambda d: d['recipe'].update(unknown=1)),
+    lambda f: edit_json(f, lambda d: d.update(normalize={'mean': [0.], 'std': [1.]})),
+    lambda f: (f/'model.safetensors').write_bytes((f/'model.safetensors').read_bytes()[:100]),
+    lambda f: (f/'model.safetensors').write_bytes(b''),
+    lambda f: edit_weights(f, lambda s: s.update({k: v.half() for k, v in s.items()})),
+], ids=['a list', 'no router', 'no size', 'unknown recipe', 'one channel', 'weights cut off', 'weights empty', 'half precision'])
+def test_a_damaged_folder_is_refused_with_a_value_error(spoil, classifier, tmp_path):
+    folder = classifier.save(tmp_path/'m')
+    spoil(folder)
+    with pytest.raises(ValueError): HierarchicalClassifier.load(folder)
+
+
+def test_saving_replaces_an_older_model(fitted, test_images, tmp_path):
+    fitted('taxonomy').save(tmp_path/'m')
+    fitted('overlap').save(tmp_path/'m')
+    assert HierarchicalClassifier.load(tmp_path/'m').hierarchy == fitted('overlap').hierarchy
+    assert [f.name for f in tmp_path.iterdir()] == ['m']
+    (tmp_path/'empty').mkdir()
+    assert HierarchicalClassifier.load(fitted('overlap').save(tmp_path/'empty'))
+
+
+def test_a_folder_of_something_else_is_not_overwritten(classifier, tmp_path):
+    (tmp_path/'thesis').mkdir()
+    (tmp_path/'thesis'/'chapter.tex').write_text('years of work')
+    with pytest.raises(FileExistsError, match='something other'): classifier.save(tmp_path/'thesis')
+    assert [f.name for f in tmp_path.rglob('*')] == ['thesis', 'chapter.tex']
+
+
+@pytest.mark.parametrize('about', [None, '{"of": "another program"}'], ids=['beside a saved model', "another program's classifier.json"])
+def test_saving_deletes_nothing_that_it_did_not_write(about, classifier, tmp_path):
+    folder = tmp_path/'m'
+    if about is None: classifier.save(folder)
+    else: folder.mkdir(), (folder/'classifier.json').write_text(about)
+    (folder/'notes.txt').write_text('mine')
+    try: classifier.save(folder)
+    except FileExistsError: pass
+    assert (folder/'notes.txt').exists()
+
+
+@pytest.mark.parametrize('older', [False, True])
+@pytest.mark.parametrize('broken', ['save_file', 'json'])
+def test_a_save_that_fails_leaves_the_older_model_or_nothing(older, broken, fitted, test_images, tmp_path, monkeypatch):
+    if older: fitted('taxonomy').save(tmp_path/'m')
+    def killed(state, file, *args, **kwargs):
+        with open(file, 'wb') as f: f.write(b'half')
+        raise OSError('no space left')
+    if broken == 'save_file': monkeypatch.setattr(hierarchical, 'save_file', killed)
+    with pytest.raises((OSError, TypeError)): fitted('overlap').save(tmp_path/'m', provenance=object() if broken == 'json' else None)
+    if older: assert np.array_equal(HierarchicalClassifier.load(tmp_path/'m').predict_proba(test_images), fitted('taxonomy').predict_proba(test_images))
+    else: assert not (tmp_path/'m').exists()
+
+
+def test_after_a_save_that_failed_the_next_one_succeeds(classifier, tmp_path):
+    with pytest.raises(TypeError): classifier.save(tmp_path/'m', provenance=object())
+    classifier.save(tmp_path/'m')
+    assert [f.name for f in tmp_path.iterdir()] == ['m']
+
+
+def test_a_rename_that_fails_leaves_the_older_model_in_place(fitted, tmp_path, monkeypatch):
+    fitted('taxonomy').save(tmp_path/'m')
+    real = os.replace
+    def replace(a, b):
+        if '.part' in str(a): raise OSError('cannot rename')
+        return real(a, b)
+    monkeypatch.setattr(os, 'replace', replace)
+    with pytest.raises(OSError): fitted('overlap').save(tmp_path/'m')
+    monkeypatch.undo()
+    assert HierarchicalClassifier.load(tmp_path/'m').hierarchy == fitted('taxonomy').hierarchy
+
+
+def test_whatever_name_can_be_saved_to_can_be_loaded_from(classifier, tmp_path):
+    HierarchicalClassifier.load(classifier.save(tmp_path/'resnet.pt'))
+
+
+# ---- a user's own loaders
+
+@pytest.fixture(scope='module')
+def users(image_folder, images):
+    "A user's fastai DataLoaders and a classifier fitted on them."
+    dls = ImageDataLoaders.from_folder(image_folder, valid_pct=.2, seed=0, bs=32, num_workers=0, device='cpu')
+    return SimpleNamespace(dls=dls, m=fit(hierarchy('overlap', images), dls))
+
+
+def test_a_classifier_fitted_on_a_users_loaders_predicts_from_them_and_from_files(users, image_folder):
+    want = users.m.predict_proba(users.dls.valid)
+    files = users.dls.valid.dataset.items
+    assert np.allclose(users.m.predict_proba(users.dls.test_dl(files)), want, atol=1e-5)
+    some = get_image_files(image_folder)[:9]
+    assert np.allclose(users.m.predict_proba(users.dls.test_dl(some)), np.concatenate([users.m.predict_proba(users.dls.test_dl([f])) for f in some]), atol=1e-5)
+
+
+def test_a_classifier_fitted_on_a_users_loaders_is_evaluated_by_the_labels_of_the_files(users):
+    labels = [list(users.dls.vocab).index(parent_label(f)) for f in users.dls.valid.dataset.items]
+    want = (users.m.predict(users.dls.valid) == labels).mean()
+    assert users.m.evaluate(users.dls.valid).table.loc['top-1', 'FC'] == pytest.approx(want)
+    assert users.m.evaluate(users.dls.test_dl(users.dls.valid.dataset.items, with_labels=True)).table.loc['top-1', 'FC'] == pytest.approx(want)
+
+
+def test_a_classifier_fitted_on_a_users_loaders_comes_back_to_the_bit(users, tmp_path):
+    again = HierarchicalClassifier.load(users.m.save(tmp_path/'m'))
+    assert again.normalize is None and np.array_equal(again.predict_proba(users.dls.valid), users.m.predict_proba(users.dls.valid))
+
+
+def test_raw_pixels_are_refused_where_only_the_loaders_know_how_to_normalise(users, test_images):
+    with pytest.raises(ValueError, match='pass such a loader'): users.m.predict(test_images)
+
+
+# ---- decompose
+
+@pytest.mark.parametrize('source', ['dls', 'folder'])
+def test_decompose_gives_a_flat_net_its_confusion_and_a_trained_family(source, dls, users, images):
+    d = dls if source == 'dls' else users.dls
+    one, again = (decompose(d, 3, gamma=2, flat='MLP_16', router='MLP_8', expert='MLP_6', recipe=one_epoch, seed=1, progress=False) for _ in range(2))
+    assert check_confusion(one.confusion).shape == (9, 9)
+    assert one.classifier.hierarchy == cluster_classes(one.confusion, one.classifier.hierarchy.max_size, 2, images.classes)
+    assert np.allclose(one.classifier.predict_proba(d.valid).sum(1), 1, atol=1e-5)
+    assert np.array_equal(one.classifier.predict_proba(d.valid), again.classifier.predict_proba(d.valid))      # by the seed
+
+
+def test_decompose_takes_a_flat_net_that_is_trained_already(dls):
+    flat = fit_network(dls, 'MLP_16', short)
+    before = [p.clone() for p in flat.parameters()]
+    family = decompose(dls, flat=flat, router='MLP_8', expert='MLP_6', recipe=short, progress=False)
+    assert family.flat is flat and all(torch.equal(a, b) for a, b in zip(before, flat.parameters()))
+    assert family.classifier.hierarchy.gamma is None

@@ -1,0 +1,501 @@
+"Views, loaders in memory, recipes and training: the right samples with the right labels, and the same network from the same seed."
+import random
+from functools import partial
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.vision.all import (CategoryBlock, ClassificationInterpretation, DataBlock, ImageBlock, ImageDataLoaders, Normalize, PILImage, RandomSplitter,
+                               Resize, aug_transforms, get_image_files, load_learner, parent_label)
+from hypothesis import given, strategies as st
+from matplotlib import pyplot as plt
+from safetensors.torch import save_file
+
+import hdfast.learners as learners
+from hdfast.clustering import cluster_classes, hierarchy_from_groups
+from hdfast.datasets import HELD_OUT, TRAIN, ImageSet, synthetic
+from hdfast.learners import (RECIPES, ImageView, Normalization, class_view, cluster_view, cnn_learner, cnn_tl_learner, crop_flip, fit_network, mlp_learner,
+                             network_key, network_learner, probabilities, recipe, save_weights)
+
+one_epoch = recipe('one_cycle', epochs=1)
+
+
+def weights(net): return torch.cat([p.detach().flatten() for p in net.state_dict().values()])
+
+def same(a, b): return torch.equal(weights(a), weights(b))
+
+def file_of(ds, i): return Path(ds.dataset.items[int(ds.index[i])])
+
+def rows(ds):
+    "For each sample of a view: its row in the image set."
+    return ds.index.tolist() if isinstance(ds, ImageView) else [int(file_of(ds, i).stem) for i in range(len(ds))]
+
+
+@pytest.fixture
+def from_folder(image_folder): return ImageDataLoaders.from_folder(image_folder, valid_pct=.2, seed=0, bs=32, num_workers=0, device='cpu')
+
+
+@pytest.fixture
+def data_block(image_folder):
+    return DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=RandomSplitter(.2, seed=1), item_tfms=Resize(20),
+                     batch_tfms=[*aug_transforms(size=20), Normalize.from_stats([.5]*3, [.25]*3)]).dataloaders(image_folder, bs=32, num_workers=0, device='cpu')
+
+
+sources = pytest.mark.parametrize('source', ['dls', 'from_folder', 'data_block'])
+
+
+# ---- views: which samples, which labels
+
+@sources
+@pytest.mark.parametrize('classes', [[4, 1], [0], [8, 3, 5, 0], list(range(9))])
+def test_a_class_view_holds_every_sample_of_its_classes_numbered_in_the_given_order(source, classes, images, request):
+    dls = request.getfixturevalue(source)
+    view = class_view(dls, classes)
+    assert list(view.vocab) == [images.classes[c] for c in classes] and view.c == len(classes)
+    for whole, part in zip(dls.loaders, view.loaders, strict=True):
+        got = {r: classes[int(y)] for r, y in zip(rows(part.dataset), part.dataset.targets, strict=True)}
+        assert got == {r: int(images.labels[r]) for r in rows(learners.as_view(whole.dataset)) if images.labels[r] in classes}
+
+
+@sources
+def test_a_cluster_view_holds_every_sample_labelled_by_the_home_of_its_class(source, images, request):
+    dls = request.getfixturevalue(source)
+    h = cluster_classes(np.eye(9)*.5 + np.full((9, 9), .5/9), 3, gamma=20, classes=images.classes)
+    assert sum(map(len, h.clusters)) > 9                                            # they overlap: home decides
+    view = cluster_view(dls, h)
+    assert view.c == len(view.vocab) == h.n_clusters
+    for whole, part in zip(dls.loaders, view.loaders, strict=True):
+        assert rows(part.dataset) == rows(learners.as_view(whole.dataset))
+        assert part.dataset.targets.tolist() == h.home[images.labels[rows(part.dataset)]].tolist()
+
+
+@sources
+def test_a_view_of_a_view_is_a_view(source, images, request):
+    outer = [7, 2, 5, 0]
+    inner = class_view(class_view(request.getfixturevalue(source), outer), [3, 1])
+    assert list(inner.vocab) == [images.classes[0], images.classes[2]]
+    for dl in inner.loaders: assert [images.classes[images.labels[r]] for r in rows(dl.dataset)] == [inner.vocab[int(y)] for y in dl.dataset.targets]
+    h = hierarchy_from_groups(['x', 'y', 'x', 'y'], [images.classes[c] for c in outer])
+    for dl in cluster_view(class_view(request.getfixturevalue(source), outer), h).loaders:
+        assert dl.dataset.targets.tolist() == [h.home[outer.index(images.labels[r])] for r in rows(dl.dataset)]
+
+
+@sources
+def test_batches_hold_each_sample_of_a_view_exactly_once_with_its_label(source, images, request):
+    view = class_view(request.getfixturevalue(source), [6, 0, 3])
+    for dl in view.loaders:
+        assert dl.bs <= len(dl.dataset) and len(dl) == -(-len(dl.dataset)//dl.bs)
+        batches = list(dl)
+        assert len(batches) == len(dl)
+        labels = torch.cat([torch.as_tensor(y) for _, y in batches])
+        assert torch.bincount(labels, minlength=3).tolist() == torch.bincount(dl.dataset.targets, minlength=3).tolist()
+
+
+def test_batches_in_memory_are_the_normalised_images_in_order(dls, images):
+    mean, std = (v[:, None, None] for v in images.mean_std())
+    for dl, index in zip(list(dls.loaders)[1:], (images.held_out, images.test), strict=True):
+        x, y = (torch.cat(o) for o in zip(*dl))
+        assert torch.allclose(x, (images.images[index]/255 - mean)/std, atol=1e-5) and torch.equal(y, images.labels[index])
+
+
+def test_training_batches_are_shuffled_anew_each_epoch_and_keep_image_and_label_together(dls, images):
+    mean, std = (v[:, None, None] for v in images.mean_std())
+    row = {x.numpy().tobytes(): i for i, x in enumerate(images.images)}
+    epochs = []
+    for _ in range(2):
+        x, y = (torch.cat(o) for o in zip(*dls.train))
+        seen = [row[p.numpy().tobytes()] for p in ((x*std + mean)*255).round().to(torch.uint8)]
+        assert sorted(seen) == images.train.tolist() and y.tolist() == images.labels[seen].tolist()
+        epochs.append(seen)
+    assert epochs[0] != epochs[1] and images.train.tolist() not in epochs
+
+
+def test_images_of_a_folder_view_are_the_files_themselves(from_folder):
+    for dl in class_view(from_folder, [4, 1]).loaders:
+        for i in range(len(dl.dataset)):
+            assert parent_label(file_of(dl.dataset, i)) == dl.vocab[int(dl.dataset[i][1])]
+            assert np.array_equal(np.array(dl.dataset[i][0]), np.array(PILImage.create(file_of(dl.dataset, i))))
+
+
+def test_a_view_keeps_the_transforms_of_a_data_block_and_augments_training_alone(data_block):
+    view = class_view(data_block, [2, 5])
+    x = next(iter(view.valid))[0]
+    assert x.shape[1:] == (3, 20, 20) and x.min() < -.1                                             # resized and normalised
+    assert torch.equal(x, next(iter(view.valid))[0])
+    whole = [torch.cat([torch.as_tensor(x).flatten(1).sum(1) for x, _ in view.train]).sort().values for _ in range(2)]
+    assert not torch.allclose(*whole)                                                               # the same samples in another order would sort alike
+
+
+def test_no_pixel_is_copied(dls, images, taxonomy):
+    at = images.images.data_ptr()
+    views = [dls, cluster_view(dls, taxonomy), class_view(dls, [1, 2]), class_view(class_view(dls, [1, 2]), [0])]
+    assert {dl.dataset.images.data_ptr() for v in views for dl in v.loaders} == {at}
+
+
+labels = st.lists(st.integers(0, 5), min_size=1, max_size=30)
+mappings = st.lists(st.integers(-1, 4), min_size=6, max_size=6)
+
+
+def a_view(labels): return ImageView(torch.zeros(len(labels), 3, 1, 1, dtype=torch.uint8), torch.arange(len(labels)), torch.tensor(labels), 'abcdef')
+
+
+@given(labels, mappings, st.lists(st.integers(-1, 3), min_size=5, max_size=5))
+def test_relabelling_twice_is_relabelling_by_the_composition(labels, f, g):
+    twice = a_view(labels).relabel(f, 'vwxyz').relabel(g, 'pqrs')
+    once = a_view(labels).relabel([-1 if i < 0 else g[i] for i in f], 'pqrs')
+    assert twice.index.tolist() == once.index.tolist() and twice.targets.tolist() == once.targets.tolist() and twice.vocab == once.vocab
+
+
+@given(labels, mappings)
+def test_relabelling_drops_what_is_mapped_to_minus_one_and_keeps_the_rest_in_order(labels, f):
+    view = a_view(labels)
+    new = view.relabel(f, 'vwxyz')
+    assert list(zip(new.index.tolist(), new.targets.tolist())) == [(i, f[y]) for i, y in enumerate(labels) if f[y] >= 0]
+    assert view.targets.tolist() == labels
+    assert a_view(labels).relabel(range(6), 'abcdef').targets.tolist() == labels
+
+
+# ---- views: what is refused
+
+@sources
+@pytest.mark.parametrize('classes', [[], [9], [-1], [0, 99]])
+def test_class_ids_that_do_not_exist_are_refused(source, classes, request):
+    with pytest.raises(ValueError, match=r'0\.\.8'): class_view(request.getfixturevalue(source), classes)
+
+
+def test_a_view_without_training_samples_is_refused_and_its_classes_named(dls):
+    train = dls.train.dataset
+    empty = dls.train.new(train.select(train.index[train.targets != 4], train.targets[train.targets != 4], train.vocab))
+    dls.loaders[0] = empty
+    with pytest.raises(ValueError, match=f'no training sample of {train.vocab[4]}'): class_view(dls, [4])
+    assert len(class_view(dls, [4, 5]).train.dataset) > 0
+
+
+@sources
+def test_a_hierarchy_of_other_classes_is_refused_and_the_difference_named(source, images, request):
+    dls, others = request.getfixturevalue(source), list(images.classes)
+    others[3] = 'zebra'
+    with pytest.raises(ValueError, match=f"class 3 is 'zebra' in one and '{images.classes[3]}'"): cluster_view(dls, hierarchy_from_groups([0]*9, others))
+    with pytest.raises(ValueError, match='2 and 9 classes'): cluster_view(dls, hierarchy_from_groups([0, 1]))
+
+
+def test_a_class_given_twice_is_refused(dls):
+    with pytest.raises(ValueError): class_view(dls, [1, 1])
+
+
+# ---- loaders
+
+@pytest.mark.parametrize('n_train, bs', [(1, 128), (5, 128), (33, 32), (64, 32), (7, 3)])
+def test_batches_are_no_larger_than_the_samples_and_drop_none(n_train, bs):
+    labels, split = torch.zeros(n_train + 2, dtype=torch.long), torch.tensor([TRAIN]*n_train + [HELD_OUT]*2, dtype=torch.int8)
+    dls = ImageSet('x', torch.zeros(n_train + 2, 3, 4, 4, dtype=torch.uint8), labels, ('only',), split).dataloaders(bs=bs, device='cpu')
+    sizes = [len(y) for _, y in dls.train]
+    assert sum(sizes) == n_train and len(sizes) == len(dls.train) and max(sizes) == dls.train.bs == min(bs, n_train)
+
+
+@pytest.mark.parametrize('n', [1, 5])
+def test_a_network_is_trained_on_fewer_samples_than_a_batch(n):
+    labels, split = torch.arange(2).repeat(n + 1), torch.tensor([TRAIN]*2*n + [HELD_OUT]*2, dtype=torch.int8)
+    images = torch.arange(2, dtype=torch.uint8).mul(200).repeat(n + 1)[:, None, None, None].expand(-1, 3, 4, 4)
+    dls = ImageSet('x', images, labels, ('dark', 'light'), split).dataloaders(device='cpu')
+    net = fit_network(dls, 'MLP_8', recipe('paper', epochs=12, lr=.1))
+    assert (probabilities(net, dls.valid)[0].argmax(1) == [0, 1]).all()
+
+
+def test_a_view_gets_back_to_the_wanted_batch_size(dls):
+    small = class_view(dls, [0])
+    assert small.train.bs < 32 and small.train.new(dls.train.dataset).bs == 32
+
+
+def test_normalising_and_back_gives_the_same_pixels():
+    x = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(1, 3, 16, 16)
+    n = Normalization((.5, .4, .3), (.2, .25, .3))
+    assert torch.equal((n.decode(n(x))*255).round().to(torch.uint8), x)
+    assert torch.allclose(n(x), (x/255 - torch.tensor(n.mean)[:, None, None])/torch.tensor(n.std)[:, None, None], atol=1e-5)
+
+
+@given(st.integers(1, 5), st.integers(3, 9), st.integers(3, 9), st.integers(0, 4), st.integers(0, 2**31))
+def test_crop_flip_shifts_by_at_most_pad_and_mirrors_and_does_nothing_else(n, h, w, pad, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(1, 256, (n, 3, h, w), generator=g, dtype=torch.uint8)
+    before, out = x.clone(), crop_flip(x, g, pad)
+    assert out.shape == x.shape and out.dtype == torch.uint8 and torch.equal(x, before)
+    for a, b in zip(x, out):
+        wide = torch.nn.functional.pad(a, [pad]*4)
+        crops = [wide[:, i:i+h, j:j+w] for i in range(2*pad + 1) for j in range(2*pad + 1)]
+        assert any(torch.equal(b, c) or torch.equal(b, c.flip(-1)) for c in crops)
+
+
+def test_crop_flip_mirrors_about_half_and_uses_every_shift():
+    x = torch.zeros(4000, 3, 9, 9, dtype=torch.uint8)
+    x[:, :, 4, 4], x[:, :, 4, 5] = 100, 200
+    out = crop_flip(x, torch.Generator().manual_seed(0), pad=2)[:, 0]
+    mirrored = (out == 200).int().argmax(2).max(1).values < (out == 100).int().argmax(2).max(1).values
+    assert .45 < mirrored.float().mean() < .55
+    assert (out == 100).any(0).sum() == 25                                             # 5 rows by 5 columns
+
+
+def test_augmentation_touches_training_batches_alone(images):
+    plain, augmented = images.dataloaders(device='cpu'), images.dataloaders(device='cpu', augment=crop_flip)
+    for dl, other in zip(list(plain.loaders)[1:], list(augmented.loaders)[1:]): assert torch.equal(next(iter(dl))[0], next(iter(other))[0])
+    plain.train.rng, augmented.train.rng = random.Random(0), random.Random(0)
+    (x, y), (x_aug, y_aug) = next(iter(plain.train)), next(iter(augmented.train))
+    assert torch.equal(y, y_aug) and not torch.equal(x, x_aug)
+    assert class_view(augmented, [0]).train.augment is crop_flip
+
+
+# ---- recipes
+
+def test_the_recipe_called_paper_is_the_papers():
+    r = RECIPES['paper']
+    assert (r.epochs, r.lr, r.schedule, r.optimizer, r.wd, r.bs) == (40, .01, 'constant', 'sgd', 0, 128)
+    sgd = learners.optimizers['sgd']([[torch.nn.Parameter(torch.zeros(1))]], lr=.01)
+    assert sgd.hypers[0]['mom'] == .9
+
+
+@pytest.mark.parametrize('name, changes, message', [('papr', {}, 'there are paper, one_cycle'), ('paper', dict(schedule='cosine'), 'schedule'),
+                                                    ('paper', dict(optimizer='lion'), 'sgd, adam'), ('paper', dict(epochs=0), 'at least one epoch')])
+def test_a_recipe_that_makes_no_sense_is_refused(name, changes, message):
+    with pytest.raises(ValueError, match=message): recipe(name, **changes)
+
+
+def test_constant_sgd_with_momentum_is_what_the_recipe_does(dls):
+    net = fit_network(dls, 'MLP_4', recipe('paper', epochs=2, bs=50), seed=5)
+    ours = network_learner(dls, 'MLP_4', seed=5).model
+    opt, loss = torch.optim.SGD(ours.parameters(), lr=.01, momentum=.9), torch.nn.CrossEntropyLoss()
+    dls.train.rng, dls.train.bs = random.Random(5), 50
+    for _ in range(2):
+        for x, y in dls.train:
+            opt.zero_grad()
+            loss(ours(x), y).backward()
+            opt.step()
+    assert torch.allclose(weights(net), weights(ours), atol=1e-6)
+
+
+@pytest.mark.parametrize('changes', [dict(epochs=2), dict(lr=.02), dict(schedule='one_cycle'), dict(optimizer='adam'), dict(wd=.5), dict(bs=16)], ids=str)
+def test_every_field_of_a_recipe_has_its_effect(dls, changes):
+    base = recipe('paper', epochs=1)
+    assert not same(fit_network(dls, 'MLP_4', base), fit_network(dls, 'MLP_4', recipe(base, **changes)))
+
+
+# ---- the same seed, the same network
+
+@pytest.mark.parametrize('spec', ['MLP_8', 'CNN_3'])                                  # CNN_3 has dropout
+@pytest.mark.parametrize('augment', [None, crop_flip])
+def test_the_same_seed_gives_the_same_network_bit_for_bit(images, spec, augment):
+    def fit(seed, disturbance):
+        torch.manual_seed(disturbance), np.random.seed(disturbance), random.seed(disturbance)
+        view = class_view(images.dataloaders(device='cpu', augment=augment), [0, 1])
+        list(view.train)                                                              # what was drawn before doesn't matter
+        return fit_network(view, spec, recipe('one_cycle', epochs=1, bs=16), seed=seed)
+    one, again, other = fit(3, 0), fit(3, 1), fit(4, 0)
+    assert same(one, again) and not same(one, other)
+
+
+@pytest.mark.parametrize('source', ['from_folder'])
+def test_the_same_seed_gives_the_same_network_on_a_users_loaders(source, request):
+    one, again = (fit_network(class_view(request.getfixturevalue(source), [0, 1]), 'MLP_8', one_epoch, seed=3) for _ in range(2))
+    assert same(one, again)
+
+
+def test_training_leaves_the_global_random_state_of_torch_alone(dls):
+    before = torch.get_rng_state()
+    fit_network(dls, 'CNN_3', one_epoch)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ---- NaN
+
+@pytest.mark.parametrize('validate', [False, True])
+def test_a_loss_that_is_not_finite_is_an_error_that_names_the_network(dls, validate):
+    with pytest.raises(FloatingPointError, match='loss of the expert of cluster 7 became .*epoch'):
+        fit_network(dls, 'MLP_8', recipe('paper', epochs=9, lr=1e9), name='the expert of cluster 7', validate=validate)
+
+
+def test_a_network_that_diverged_is_not_cached(dls, tmp_path):
+    with pytest.raises(FloatingPointError): fit_network(dls, 'MLP_8', recipe('paper', epochs=9, lr=1e9), cache=tmp_path)
+    assert not list(tmp_path.rglob('*'))
+
+
+def test_a_network_that_diverges_in_its_last_step_is_an_error_too(dls):
+    view = class_view(dls, [0, 1])                                                    # one batch
+    with pytest.raises(FloatingPointError): fit_network(view, 'MLP_8', recipe('paper', epochs=1, lr=1e38))
+
+
+# ---- the cache
+
+def test_a_network_from_the_cache_is_the_same_to_the_bit_and_is_not_trained_again(dls, tmp_path, monkeypatch):
+    view = class_view(dls, [2, 3])
+    one = fit_network(view, 'CNN_3', one_epoch, seed=1, cache=tmp_path/'new')
+    monkeypatch.setattr(learners.Learner, 'fit_recipe', lambda *args, **kwargs: pytest.fail('trained again'))
+    again = fit_network(view, 'CNN_3', one_epoch, seed=1, cache=tmp_path/'new')
+    assert same(one, again) and not again.training
+    assert np.array_equal(probabilities(one, view.valid)[0], probabilities(again, view.valid)[0])
+
+
+def test_everything_that_determines_the_weights_changes_the_key(images):
+    def key(images=images, classes=(0, 1), spec='MLP_8', recipe=one_epoch, seed=0, augment=None):
+        return network_key(class_view(images.dataloaders(device='cpu', augment=augment), classes), spec, recipe, seed)
+    def changed(**tensors): return replace(images, **tensors)
+    brighter, resplit, relabelled = images.images.clone(), images.split.clone(), images.labels.clone()
+    brighter[images.train[0], 0, 0, 0] ^= 1
+    resplit[images.train[0]] = HELD_OUT
+    relabelled[images.train[0]] = 1
+    keys = [key(), key(classes=(1, 0)), key(classes=(0, 1, 2)), key(spec='MLP_9'), key(recipe=recipe(one_epoch, lr=.5)), key(recipe=recipe(one_epoch, epochs=2)),
+            key(seed=1), key(augment=crop_flip), key(changed(images=brighter)), key(changed(split=resplit)), key(changed(labels=relabelled)),
+            key(synthetic(3, 3, 20, size=24))]
+    assert len(set(keys)) == len(keys)
+    assert key() == key() == key(changed())
+
+
+def test_an_augmentation_without_a_name_of_its_own_is_not_cached(images):
+    for f in (lambda x, g: x, partial(crop_flip, pad=1)):
+        with pytest.raises(ValueError, match='give the augmentation a name'): network_key(images.dataloaders(device='cpu', augment=f), 'MLP_8', one_epoch, 0)
+
+
+def test_what_is_in_other_loaders_cannot_be_known_so_they_are_not_cached(from_folder, tmp_path):
+    with pytest.raises(ValueError, match='only networks on an ImageSet can be cached'): fit_network(from_folder, 'MLP_8', one_epoch, cache=tmp_path)
+
+
+def test_a_write_that_fails_midway_leaves_no_network_and_the_next_call_goes_on(dls, tmp_path, monkeypatch):
+    view = class_view(dls, [0, 1])
+    def killed(state, file, *args, **kwargs):
+        Path(file).write_bytes(b'half')
+        raise OSError('no space left')
+    monkeypatch.setattr(learners, 'save_file', killed)
+    with pytest.raises(OSError, match='no space'): fit_network(view, 'MLP_8', one_epoch, cache=tmp_path)
+    assert not list(tmp_path.glob('[!.]*'))
+    monkeypatch.setattr(learners, 'save_file', save_file)
+    one = fit_network(view, 'MLP_8', one_epoch, cache=tmp_path)
+    assert [f.name for f in tmp_path.glob('[!.]*')] == [f"{network_key(view, 'MLP_8', one_epoch, 0)}.safetensors"]
+    assert same(one, fit_network(view, 'MLP_8', one_epoch, cache=tmp_path))
+
+
+def test_a_write_that_fails_leaves_the_older_file_whole(tmp_path, monkeypatch):
+    net, file = torch.nn.Linear(2, 2), tmp_path/'net.safetensors'
+    save_weights(net, file)
+    before = file.read_bytes()
+    def killed(state, file, *args, **kwargs):
+        Path(file).write_bytes(b'half')
+        raise OSError('no space left')
+    monkeypatch.setattr(learners, 'save_file', killed)
+    with pytest.raises(OSError): save_weights(torch.nn.Linear(2, 2), file)
+    assert file.read_bytes() == before
+
+
+# ---- probabilities
+
+def test_probabilities_come_in_the_loaders_order_and_leave_the_mode_of_the_network(dls):
+    net = cnn_learner(dls, 'CNN_3').model.train()
+    probs, y = probabilities(net, dls.valid)
+    assert net.training and np.array_equal(y, dls.valid.dataset.targets)
+    assert np.allclose(probs.sum(1), 1, atol=1e-5) and np.array_equal(probs, probabilities(net, dls.valid)[0])      # no dropout
+    with torch.no_grad(): want = torch.cat([net.eval()(x).softmax(1) for x, _ in dls.valid])
+    assert np.allclose(probs, want, atol=1e-6)
+
+
+@sources
+def test_a_shuffled_loader_is_refused(source, request):
+    dls = request.getfixturevalue(source)
+    with pytest.raises(ValueError, match='shuffled'): probabilities(mlp_learner(dls, 4).model, dls.train)
+
+
+def test_the_training_samples_are_seen_without_augmentation_when_not_shuffled(images):
+    a, b = (images.dataloaders(device='cpu', augment=f).train.new(shuffle=False) for f in (None, crop_flip))
+    assert torch.equal(next(iter(a))[0], next(iter(b))[0])
+
+
+# ---- they are fastai's
+
+def test_learning_learns_what_there_is_to_learn(dls):
+    learn = mlp_learner(dls, 32)
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe(recipe('one_cycle', epochs=8))
+    assert learn.recorder.values[-1][-1] > 3/9                                       # chance is 1/9; the metric is accuracy on the held-out slice
+    assert learn.validate()[1] == learn.recorder.values[-1][-1]
+
+
+@pytest.mark.parametrize('make', [lambda d: mlp_learner(d), lambda d: mlp_learner(d, 7, 5), lambda d: cnn_learner(d), lambda d: cnn_learner(d, 'CNN_5')])
+def test_factories_take_size_and_classes_from_the_data(make, dls, from_folder, data_block):
+    for d in (class_view(dls, [0, 1, 2]), from_folder, data_block):
+        x, _ = d.valid.one_batch()
+        assert make(d).model.eval()(x).shape == (len(x), len(d.vocab))
+
+
+def test_transfer_networks_have_their_factory_too():
+    d = synthetic(1, 2, 5, size=64).dataloaders(device='cpu')
+    x, _ = d.valid.one_batch()
+    assert cnn_tl_learner(d, 'CNN_TL_5').model.eval()(x).shape == (len(x), 2)
+
+
+@sources
+def test_the_learning_rate_finder_and_show_batch_work(source, request):
+    d = class_view(request.getfixturevalue(source), [1, 2])
+    learn = mlp_learner(d, 4)
+    with learn.no_bar(), learn.no_logging(): assert 0 < learn.lr_find(show_plot=False, num_it=8).valley < 10
+    for dl in list(d.loaders)[:2]:
+        dl.show_batch(max_n=2)
+        shown = {ax.get_title() for ax in plt.gcf().axes}
+        assert shown and shown <= set(d.vocab)
+        plt.close()
+
+
+def test_callbacks_of_fastai_work(dls, tmp_path):
+    stop, save = EarlyStoppingCallback(monitor='accuracy', min_delta=2, patience=1), SaveModelCallback(monitor='valid_loss', fname='best')
+    learn = mlp_learner(dls, 4, cbs=[stop, save], path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit(9, 1e-3)
+    assert len(learn.recorder.values) == 2                                           # no accuracy is better by 2, so it stops after the second epoch
+    best = min(v[1] for v in learn.recorder.values)
+    learn.remove_cbs([stop, save])
+    with learn.no_bar(): assert learn.validate()[0] == pytest.approx(best, abs=1e-6)
+
+
+@sources
+def test_predictions_of_fastai_come_in_the_order_of_the_view(source, request):
+    view = class_view(request.getfixturevalue(source), [4, 1, 7])
+    learn = mlp_learner(view, 4)
+    with learn.no_bar(): preds, y = learn.get_preds()
+    want, targets = probabilities(learn.model, view.valid)
+    assert np.allclose(preds, want, atol=1e-6) and np.array_equal(y, targets)
+
+
+@sources
+def test_the_confusion_matrix_of_fastai_has_a_row_for_each_class(source, request):
+    learn = mlp_learner(class_view(request.getfixturevalue(source), [4, 1, 7]), 4)
+    with learn.no_bar(): assert ClassificationInterpretation.from_learner(learn).confusion_matrix().shape == (3, 3)
+
+
+@sources
+def test_a_learner_predicts_one_image(source, images, image_folder, request):
+    view = class_view(request.getfixturevalue(source), [4, 1, 7])
+    item = images.images[0] if source == 'dls' else next(image_folder.rglob('*.png'))
+    with mlp_learner(view, 4).no_bar() as learn: assert learn.predict(item)[0] in view.vocab
+
+
+@sources
+def test_a_learner_on_a_view_is_exported_and_loaded(source, tmp_path, request):
+    view = class_view(request.getfixturevalue(source), [4, 1, 7])
+    learn = mlp_learner(view, 4, path=tmp_path)
+    learn.export('x.pkl')
+    assert same(load_learner(tmp_path/'x.pkl').model, learn.model)
+
+
+# ---- a user's own loaders, not through a view
+
+def test_the_flat_network_drops_no_sample_of_a_users_loaders(from_folder, monkeypatch):
+    seen, init = [], learners.StopOnNaN.after_batch
+    monkeypatch.setattr(learners.StopOnNaN, 'after_batch', lambda self: (seen.append(len(self.yb[0])), init(self)))
+    fit_network(from_folder, 'MLP_4', recipe('paper', epochs=1, bs=100))
+    assert sum(seen) == len(from_folder.train.dataset)
+
+
+def test_the_flat_network_is_trained_on_a_users_loaders_with_fewer_samples_than_a_batch(image_folder):
+    few = ImageDataLoaders.from_folder(image_folder, valid_pct=.2, seed=0, bs=512, num_workers=0, device='cpu')
+    fit_network(few, 'MLP_4', one_epoch)
+
+
+def test_training_leaves_the_callers_loaders_as_they_were(dls):
+    fit_network(dls, 'MLP_4', recipe('paper', epochs=1, bs=7))
+    assert dls.train.bs == 32
