@@ -63,7 +63,7 @@ test: $(STAMP) ## every test
 
 notebooks: $(STAMP) ## run every notebook as a test
 	@echo "==> Every notebook, $(JOBS) at a time: each takes under a minute on 2 cores"
-	@$(BIN)/nbdev-test --n-workers $(JOBS) --do-print --timing
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers $(JOBS) --do-print --timing
 
 export: $(STAMP) ## write hdfast/*.py from the notebooks
 	@$(BIN)/nbdev-export

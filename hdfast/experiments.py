@@ -220,7 +220,9 @@ EXPERIMENTS = {e.name: e for e in [
     _hierarchy('mlp_caltech256', 'Table 5', 'caltech256', 'mlp', 104, [0, 3, 5], 6),
     _hierarchy('cnn_caltech256', 'Table 6', 'caltech256', 'cnn', 104, [0, 3, 5], 6),
     _hierarchy('mlp_cifar100', 'Table 7', 'cifar100', 'mlp', 30, [0, 3, 5], 3),
-    _hierarchy('cnn_cifar100', 'Table 8', 'cifar100', 'cnn', 30, [0, 3], 1)]}
+    _hierarchy('cnn_cifar100', 'Table 8', 'cifar100', 'cnn', 30, [0, 3], 1),
+    Experiment('benchmark_loader', 'speed of loading', 'benchmark.ipynb', dict(name='benchmark_loader', n_images=5000),
+               {'cpu': dict(repeats=3), 'paper': dict(repeats=5)})]}
 
 # %% ../nbs/80_experiments.ipynb #49866b41
 def check_page(
@@ -295,7 +297,8 @@ def _print_result(out, name, result):
     "Show the table of an experiment and where its files are."
     if isinstance(result, Exception): return print(f'\n{name}: failed ({type(result).__name__}): {_last_line(result)}')
     shown = ['clusters', 'gamma', 'HC home', 'HC contains', 'FC', 'FC sd', 'paper HC', 'paper FC', 'n']
-    table = pd.read_csv(out/f'{name}.csv').reindex(columns=shown).dropna(axis=1, how='all')
-    print(f"\n{name}, profile {result['provenance']['profile']}, accuracies in %")
+    table = pd.read_csv(out/f'{name}.csv')
+    if 'FC' in table: table = table.reindex(columns=shown).dropna(axis=1, how='all')
+    print(f"\n{name}, profile {result['provenance']['profile']}{', accuracies in %' if 'FC' in table else ''}")
     print(table.round(2).to_string(index=False, na_rep=''))
     for file in sorted(out.glob(f'{name}*.svg')): print(f'  figure: {file}')

@@ -119,7 +119,7 @@ def _inputs(self:HierarchicalClassifier, data):
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}: pass uint8 pixels, or floats that are normalised already")
     prepare = self.normalize if images.dtype == torch.uint8 else torch.Tensor.float
-    return len(rows_of), lambda rows: prepare(images[rows_of[rows]].to(self.device)), targets
+    return len(rows_of), lambda rows: prepare(images.index_select(0, rows_of[rows]).to(self.device)), targets
 
 def _raw(data):
     "Images, the rows of them that are meant, and targets or None, from an `ImageDL`, any other loader, or an array."

@@ -60,7 +60,9 @@ class ImageView(View):
     def __init__(self, images, index, targets, vocab, source=''):
         super().__init__(index, targets, vocab)
         self.images, self.source = images, source
-    def batch(self, i): return (self.images[self.index[i]],) + (() if self.targets is None else (self.targets[i],))
+    def batch(self, i):
+        x = self.images.index_select(0, self.index.index_select(0, i)) # ten times faster than images[index[i]]
+        return (x,) if self.targets is None else (x, self.targets.index_select(0, i))
     def __getitem__(self, i): return TensorImage(self.images[self.index[i]]), TensorCategory(self.targets[i])
     def decode(self, o, full=True): return TensorImage(o[0]), Category(self.vocab[int(o[1])])
     def select(self, index, targets, vocab): return ImageView(self.images, index, targets, vocab, self.source)
