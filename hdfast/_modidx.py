@@ -151,7 +151,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'hdfast.experiments._hierarchy': ('experiments.html#_hierarchy', 'hdfast/experiments.py'),
                                     'hdfast.experiments._last_line': ('experiments.html#_last_line', 'hdfast/experiments.py'),
                                     'hdfast.experiments._print_result': ('experiments.html#_print_result', 'hdfast/experiments.py'),
-                                    'hdfast.experiments._smoke': ('experiments.html#_smoke', 'hdfast/experiments.py'),
+                                    'hdfast.experiments._synthetic': ('experiments.html#_synthetic', 'hdfast/experiments.py'),
                                     'hdfast.experiments._timed': ('experiments.html#_timed', 'hdfast/experiments.py'),
                                     'hdfast.experiments.caption': ('experiments.html#caption', 'hdfast/experiments.py'),
                                     'hdfast.experiments.check_page': ('experiments.html#check_page', 'hdfast/experiments.py'),

@@ -42,8 +42,8 @@ def _bars():
     return nullcontext() if _terminal() else redirect_stdout(io.StringIO())
 
 # %% ../nbs/90_cli.ipynb #06309a9c
-DURATIONS = {'smoke': 'under 3 minutes on 2 cores', 'cpu': 'minutes for each experiment with MLPs, hours for each with CNNs on a CPU',
-             'paper': 'up to hours for each experiment with MLPs, days for each with CNNs on a CPU (take a GPU, or choose with --only)'}
+DURATIONS = {'smoke': 'about a minute on 2 cores', 'cpu': 'minutes for an experiment with MLPs, hours for one with CNNs, on 2 cores',
+             'paper': 'about an hour for an experiment with MLPs, many hours for one with CNNs and overlap, on 2 cores (choose with --only)'}
 
 def _list_experiments(experiments):
     "Print a table of the experiments: name, what it regenerates, profiles."

@@ -208,13 +208,13 @@ def _hierarchy(name, table, dataset, family, n_clusters, gammas, runs):
     return Experiment(name, table, 'hierarchy.ipynb', shared, {'cpu': dict(epochs=10, runs=1), 'paper': dict(epochs=40, runs=runs)})
 
 # %% ../nbs/80_experiments.ipynb #6feed814
-def _smoke(family, epochs):
+def _synthetic(family, **profiles):
     "The hierarchy experiment on the synthetic set."
     shared = dict(name=f'{family}_synthetic', table='', dataset='synthetic', family=family, n_clusters=6, gammas=[0, 3, 5])
-    return Experiment(f'{family}_synthetic', 'smoke test', 'hierarchy.ipynb', shared, {'smoke': dict(epochs=epochs, runs=1)})
+    return Experiment(f'{family}_synthetic', 'none: made by code', 'hierarchy.ipynb', shared, profiles)
 
 EXPERIMENTS = {e.name: e for e in [
-    _smoke('mlp', 20), _smoke('cnn', 20),
+    _synthetic('mlp', smoke=dict(epochs=20, runs=1)), _synthetic('cnn', cpu=dict(epochs=40, runs=1)),
     _hierarchy('mlp_caltech101', 'Table 3', 'caltech101', 'mlp', 44, [0, 3, 5, 8], 6),
     _hierarchy('cnn_caltech101', 'Table 4', 'caltech101', 'cnn', 48, [0, 3], 6),
     _hierarchy('mlp_caltech256', 'Table 5', 'caltech256', 'mlp', 104, [0, 3, 5], 6),
@@ -253,7 +253,7 @@ def run_page(
     (out/'pages').mkdir(parents=True, exist_ok=True)
     part, result, start = out/'pages'/f'.{experiment.name}.part.ipynb', out/f'{experiment.name}.json', time.time()
     papermill.execute_notebook(str(page), str(part), parameters, kernel_name='python3', progress_bar=False,
-                               stdout_file=sys.stdout, cwd=str(out))
+                               stdout_file=sys.stdout, cwd=str(out), extra_arguments=['--log-level=ERROR'])
     if not result.exists() or result.stat().st_mtime < start:
         raise RuntimeError(f"{experiment.name}: the page ended without writing {result.name}; see {part}")
     os.replace(part, out/'pages'/f'{experiment.name}.ipynb')
