@@ -422,7 +422,7 @@ def decode(
 # %% ../nbs/00_datasets.ipynb #02b2f03d
 def _entries(folder):
     "Visible subfolders and files of `folder`, sorted"
-    with os.scandir(folder) as entries: visible = [e for e in entries if not e.name.startswith('.')]
+    with os.scandir(folder) as entries: visible = [e for e in entries if not (e.name.startswith('.') or e.name in ('Thumbs.db', 'desktop.ini'))]
     visible.sort(key=lambda e: e.name)
     return [e.path for e in visible if e.is_dir()], [e.path for e in visible if not e.is_dir()]
 

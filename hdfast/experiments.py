@@ -14,6 +14,7 @@ from pathlib import Path
 import fastai, hdfast, scipy, sklearn, torch
 import numpy as np
 import pandas as pd
+from matplotlib import pyplot as plt
 from .clustering import cluster_classes, max_size_for
 from .confusion import confusion_matrix
 from .datasets import image_set
@@ -29,8 +30,10 @@ except ImportError: papermill = None # the extra hdfast[reproduce] brings it; ev
 repository = Path(hdfast.__file__).resolve().parent.parent
 
 def _git(*args):
-    done = subprocess.run(['git', '-C', repository, *args], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
+    "What git says in the repository; None without git, or if hdfast doesn't lie in a clone of its own."
+    ask = lambda *a: subprocess.run(['git', '-C', str(repository), *a], capture_output=True, text=True, check=True).stdout.strip()
+    try: return ask(*args) if Path(ask('rev-parse', '--show-toplevel')) == repository else None
+    except (OSError, subprocess.CalledProcessError): return None
 
 # %% ../nbs/80_experiments.ipynb #cda32f13
 def provenance(
@@ -135,7 +138,7 @@ def paper_table(
     name:str, # such as 'Table 3'
 ) -> dict:
     "What the paper prints in a table."
-    tables = json.loads((pages_folder/'paper.json').read_text())['tables']
+    tables = json.loads((pages_folder/'paper.json').read_text(encoding='utf-8'))['tables']
     if name not in tables: raise ValueError(f"{name!r} isn't in paper.json; there are {', '.join(tables)}")
     return tables[name]
 
@@ -143,7 +146,7 @@ def paper_table(
 def write_aside(file, text):
     "Write `text` to `file`, which is whole or as before at any moment."
     part = Path(file).with_name(f'.{Path(file).name}.{os.getpid()}')
-    part.write_text(text)
+    part.write_text(text, encoding='utf-8')
     os.replace(part, file)
 
 def save_result(
@@ -169,7 +172,7 @@ def save_figure(
 ) -> list:    # the two paths
     "Write a figure as .svg and .png, without a date in it so that equal figures are equal files."
     Path(out).mkdir(parents=True, exist_ok=True)
-    fig.savefig(Path(out)/f'{name}.svg', metadata={'Date': None})
+    with plt.rc_context({'svg.hashsalt': name}): fig.savefig(Path(out)/f'{name}.svg', metadata={'Date': None})
     fig.savefig(Path(out)/f'{name}.png', dpi=150)
     return [Path(out)/f'{name}.svg', Path(out)/f'{name}.png']
 
@@ -180,8 +183,8 @@ def load_result(
 ) -> tuple:   # table (DataFrame) and what is known about it (dict)
     "The summary table of an experiment and its provenance; FileNotFoundError if it hasn't been run."
     file = Path(out)/f'{name}.json'
-    if not file.exists(): raise FileNotFoundError(f"{name} hasn't been run: there is no {file}; `hdfast reproduce --only {name}` makes it")
-    return pd.read_csv(file.with_suffix('.csv'), dtype={'clusters': str, 'gamma': str}), json.loads(file.read_text())
+    if not file.exists(): raise FileNotFoundError(f"{name} hasn't been run: there is no {file}; `hdfast reproduce --profile paper --only {name} --out {out}` makes it")
+    return pd.read_csv(file.with_suffix('.csv'), dtype={'clusters': str, 'gamma': str}), json.loads(file.read_text(encoding='utf-8'))
 
 def caption(
     about:dict, # provenance, from `load_result`
@@ -230,7 +233,7 @@ def check_page(
     parameters:dict, # to be put in
 ):
     "Raise a ValueError unless `page` has exactly one parameters cell that knows all of `parameters`."
-    cells = json.loads(Path(page).read_text())['cells']
+    cells = json.loads(Path(page).read_text(encoding='utf-8'))['cells']
     tagged = [''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', [])]
     if len(tagged) != 1:
         raise ValueError(f"{Path(page).name} has {len(tagged)} cells tagged 'parameters'; papermill needs exactly one")
@@ -257,7 +260,7 @@ def run_page(
     if not result.exists() or result.stat().st_mtime < start:
         raise RuntimeError(f"{experiment.name}: the page ended without writing {result.name}; see {part}")
     os.replace(part, out/'pages'/f'{experiment.name}.ipynb')
-    return json.loads(result.read_text())
+    return json.loads(result.read_text(encoding='utf-8'))
 
 # %% ../nbs/80_experiments.ipynb #3a753b57
 profiles = ('smoke', 'cpu', 'paper')

@@ -294,7 +294,7 @@ _format = 'hdfast.HierarchicalClassifier.1'
 
 def _replaceable(folder):
     "Whether `folder` is empty, or holds a saved classifier and nothing else."
-    names = {f.name for f in folder.iterdir()}
+    names = {f.name for f in folder.iterdir() if f.name[0] != '.'}
     return not names or names == {'classifier.json', 'model.safetensors'} and _format in (folder/'classifier.json').read_text(encoding='utf-8')
 
 @contextmanager

@@ -61,7 +61,7 @@ class ImageView(View):
         super().__init__(index, targets, vocab)
         self.images, self.source = images, source
     def batch(self, i):
-        x = self.images.index_select(0, self.index.index_select(0, i)) # ten times faster than images[index[i]]
+        x = self.images.index_select(0, self.index.index_select(0, i)) # several times faster than images[index[i]]
         return (x,) if self.targets is None else (x, self.targets.index_select(0, i))
     def __getitem__(self, i): return TensorImage(self.images[self.index[i]]), TensorCategory(self.targets[i])
     def decode(self, o, full=True): return TensorImage(o[0]), Category(self.vocab[int(o[1])])
