@@ -193,7 +193,7 @@ def caption(
     p, m = about['parameters'], about['provenance']
     commit = (m['git_sha'] or 'unknown')[:10] + (' with changes' if m['git_dirty'] else '')
     return (f"profile {m['profile']}, {p['runs']} run(s) of {p['epochs']} epochs, {m['device']}, torch {m['versions']['torch']}, "
-            f"commit {commit}, {about['wall_seconds']/60:.0f} min")
+            f"commit {commit}")
 
 # %% ../nbs/80_experiments.ipynb #d884ff21
 @dataclass(frozen=True)
