@@ -24,7 +24,7 @@ def dls(images): return images.dataloaders(device='cpu', bs=32)
 def taxonomy(images): return hierarchy_from_groups(images.superclasses, images.classes)
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module') # fastai writes into the folder that it reads, so no two modules share one
 def image_folder(images, tmp_path_factory):
     "The same images as PNG files, one folder for each class; every file is named by its row in `images`."
     from PIL import Image
