@@ -323,6 +323,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'hdfast.networks._cnn_spec': ('networks.html#_cnn_spec', 'hdfast/networks.py'),
                                  'hdfast.networks._head_layers': ('networks.html#_head_layers', 'hdfast/networks.py'),
                                  'hdfast.networks._height_width': ('networks.html#_height_width', 'hdfast/networks.py'),
+                                 'hdfast.networks._max_pool': ('networks.html#_max_pool', 'hdfast/networks.py'),
                                  'hdfast.networks._side': ('networks.html#_side', 'hdfast/networks.py'),
                                  'hdfast.networks.mlp_spec': ('networks.html#mlp_spec', 'hdfast/networks.py'),
                                  'hdfast.networks.n_parameters': ('networks.html#n_parameters', 'hdfast/networks.py'),

@@ -53,13 +53,15 @@ class Conv:
 class Stage:
     "Convolutions, then what ends them."
     convs: tuple        # of `Conv`
-    pool: bool = True   # end with a 2×2 max-pool, stride 2?
+    pool: bool = True   # end with a max-pool that halves both sides?
     norm: bool = False  # local response normalisation before the pool?
+    window: int = 2     # side of the pool's square window, in pixels: 2 or 3; its stride is 2
 
     def __post_init__(self):
         object.__setattr__(self, 'convs', tuple(self.convs))
         _check_kinds('Stage', Conv, self.convs)
         if not self.convs: raise ValueError("Stage: convs is empty; a stage has one convolution or more")
+        if self.window not in (2, 3): raise ValueError(f"Stage: a pool's window must be 2 or 3 pixels, not {self.window!r}")
 
     def __str__(self): return ', '.join(['ReLU'] + ['Norm']*self.norm + ['Maxpool|2']*self.pool)
 
@@ -113,8 +115,8 @@ def _cnn_spec(name, *rows):
     return NetworkSpec(name, [Stage([Conv(*c) for c in convs]) for convs in rows[:4]], rows[4:], dropout=0.5)
 
 # %% ../nbs/30_networks.ipynb #d24e9281
-_tl_stages = (Stage([Conv(11, 64, stride=4, padding=0)], norm=True), Stage([Conv(5, 256)], norm=True),
-              Stage([Conv(3, 256)], pool=False), Stage([Conv(3, 256), Conv(3, 256)]))
+_tl_stages = (Stage([Conv(11, 64, stride=4, padding=0)], norm=True, window=3), Stage([Conv(5, 256)], norm=True, window=3),
+              Stage([Conv(3, 256)], pool=False), Stage([Conv(3, 256), Conv(3, 256)], window=3))
 _tl_widths = dict(CNN_TL_1=(4096, 4096), CNN_TL_2=(4096, 2048), CNN_TL_3=(2048, 2048), CNN_TL_4=(2048, 1024), CNN_TL_5=(1024, 1024))
 
 # %% ../nbs/30_networks.ipynb #f65d957c
@@ -210,6 +212,11 @@ def vgg_f_norm(n=5, kappa=2., alpha=1e-4, beta=0.75) -> nn.LocalResponseNorm:
     "Local response normalisation with VGG-f's constants, where `alpha` weighs a sum of squares."
     return nn.LocalResponseNorm(n, alpha=n*alpha, beta=beta, k=kappa)
 
+# %% ../nbs/30_networks.ipynb #c7f03a52
+def _max_pool(window):
+    "A max-pool that leaves n//2 of n pixels, with windows of 2 or 3 pixels."
+    return nn.MaxPool2d(window, stride=2, ceil_mode=window == 3)
+
 # %% ../nbs/30_networks.ipynb #465bae53
 def _body_layers(spec):
     "Names and modules of the convolutional part."
@@ -221,7 +228,7 @@ def _body_layers(spec):
             yield f'relu{i}', nn.ReLU()
             channels = c.filters
         if stage.norm: yield f'norm{i}', vgg_f_norm()
-        if stage.pool: yield f'pool{i}', nn.MaxPool2d(2)
+        if stage.pool: yield f'pool{i}', _max_pool(stage.window)
 
 # %% ../nbs/30_networks.ipynb #6a943026
 def _head_layers(spec, n_features, n_classes):

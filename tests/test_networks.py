@@ -297,3 +297,23 @@ def test_hidden_is_for_mlps():
 def test_n_classes(n):
     with pytest.raises(ValueError, match='n_classes must be a whole number of 1 or more'):
         network('CNN_1', n)
+
+
+# ---- pools
+
+@given(st.integers(2, 40), st.integers(2, 40))
+def test_both_pools_halve_every_side(h, w):
+    for window in (2, 3):
+        spec = NetworkSpec('pooled', [Stage([Conv(1, 4)], window=window)])
+        assert network(spec, 2, (h, w)).body(torch.zeros(1, 3, h, w)).shape[-2:] == (h//2, w//2) == spec.body_shape((h, w))[1:]
+
+
+def test_a_window_of_three_overlaps():
+    x = torch.arange(25.).reshape(1, 1, 5, 5)
+    pools = [network(NetworkSpec('p', [Stage([Conv(1, 1)], window=w)]), 2, 5).body.pool1 for w in (2, 3)]
+    assert [p(x).flatten().tolist() for p in pools] == [[6, 8, 16, 18], [12, 14, 22, 24]]
+
+
+@pytest.mark.parametrize('window', [1, 4, 2.5, None])
+def test_other_windows_are_refused(window):
+    with pytest.raises(ValueError, match="a pool's window must be 2 or 3 pixels"): Stage([Conv(3, 8)], window=window)
