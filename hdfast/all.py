@@ -12,6 +12,7 @@ from .linkage import *
 from .clustering import *
 from .networks import *
 from .learners import *
+from .families import *
 from .hierarchical import *
 from .plots import *
 

@@ -122,7 +122,7 @@ def _seconds_an_epoch(dls, spec, how):
     "Training time of one epoch of network `spec`, from a few batches."
     import torch
     from hdfast.learners import build_network
-    net = build_network(spec, len(dls.vocab), dls.one_batch()[0].shape[-2:], seed=0).to(dls.device).train()
+    net = build_network(spec, len(dls.vocab), tuple(dls.one_batch()[0].shape[1:]), seed=0).to(dls.device).train()
     opt, seconds = torch.optim.SGD(net.parameters(), lr=how.lr), []
     for x, y in islice(dls.train, 4):
         start, loss = time.perf_counter(), torch.nn.functional.cross_entropy(net(x), y)
@@ -143,25 +143,23 @@ def _forecast(dls, how, networks):
 
 # %% ../nbs/90_cli.ipynb #349f4b92
 def _epoch_reporter(n):
-    "A function to call with the Learner after each of `n` epochs, which shows how far it is."
+    "A function to call with each of `n` epochs and its last loss, which shows how far it is."
     from fastprogress.fastprogress import progress_bar
     if _terminal():
         bar = iter(progress_bar(range(n), leave=False))
         next(bar)
-        return lambda learn: next(bar, None)
+        return lambda epoch, loss: next(bar, None)
     every = -(-n//5)
-    def line(learn):
-        if (learn.epoch + 1) % every: return
-        print(f'      epoch {learn.epoch + 1} of {n}: training loss {learn.recorder.losses[-1].item():.2f}', flush=True)
+    def line(epoch, loss):
+        if (epoch + 1) % every == 0: print(f'      epoch {epoch + 1} of {n}: training loss {loss:.2f}', flush=True)
     return line
 
 # %% ../nbs/90_cli.ipynb #347cd059
 def _train(dls, spec, how, seed, name, cache):
     "As `fit_network` with a cache, showing the epochs."
-    from hdfast import learners
-    known = Path(cache)/f'{learners.network_key(dls, spec, how, seed)}.safetensors'
-    if known.exists(): print(f'      trained before, read from {known.parent}', flush=True)
-    return learners.fit_network(dls, spec, how, seed, name, cache, on_epoch=_epoch_reporter(how.epochs))
+    from hdfast import families
+    if families.cached_file(families.Job(dls, spec, seed), how, cache).exists(): print(f'      trained before, read from {cache}', flush=True)
+    return families.fit_network(dls, spec, how, seed, name, cache, on_epoch=_epoch_reporter(how.epochs))
 
 # %% ../nbs/90_cli.ipynb #728c27e1
 def _cluster(net, dls, clusters, gamma, out):

@@ -19,7 +19,8 @@ from .clustering import cluster_classes, max_size_for
 from .confusion import confusion_matrix
 from .datasets import image_set
 from .hierarchical import HierarchicalClassifier
-from .learners import fit_network, probabilities
+from .families import fit_network
+from .learners import probabilities
 from .networks import SPECS, mlp_spec, n_parameters
 
 # %% ../nbs/80_experiments.ipynb #55f1ffb4

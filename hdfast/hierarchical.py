@@ -15,15 +15,15 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
-from fastprogress.fastprogress import progress_bar
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from . import __version__
 from .clustering import ClassHierarchy, cluster_classes, max_size_for
 from .confusion import confusion_matrix
-from .learners import ImageDL, Normalization, Recipe, build_network, class_view, cluster_view, fit_network
-from .learners import image_size, probabilities, recipe
+from .families import Job, bar_over, fit_network, fit_networks
+from .learners import ImageDL, Normalization, Recipe, build_network, class_view, cluster_view
+from .learners import input_shape, probabilities, recipe
 from .networks import NetworkSpec, network_spec
 
 # %% ../nbs/50_hierarchical.ipynb #4b1c8974
@@ -62,7 +62,9 @@ class HierarchicalClassifier:
         if len(specs) != n: raise ValueError(f"{len(specs)} expert networks for {n} clusters: give one, or one for each")
         self.hierarchy, self.recipe, self.seed = hierarchy, _recipe(recipe), seed
         self.router_spec, self.expert_specs = network_spec(router), [network_spec(s) for s in specs]
-        self.router, self.experts, self.normalize, self.size, self.device = None, None, None, None, torch.device('cpu')
+        self.router, self.experts, self.normalize, self.shape, self.device = None, None, None, None, torch.device('cpu')
+    @property
+    def size(self): return self.shape and self.shape[1:]
     def __repr__(self):
         nets = sorted({s.name for s, q in zip(self.expert_specs, self.hierarchy.clusters) if len(q) > 1})
         state = 'not trained' if self.experts is None else f'trained at {self.size[0]}×{self.size[1]}'
@@ -79,29 +81,42 @@ def fit(self:HierarchicalClassifier,
     progress:bool=True, # show a bar over the networks
 ) -> HierarchicalClassifier:
     "Train the hierarchy classifier on cluster labels and an expert on the classes of each cluster."
+    jobs = self._jobs(dls)
+    return self._place(iter(fit_networks(jobs, self.recipe, cache, bar_over(len(jobs)) if progress else None)), dls)
+
+@patch
+def _jobs(self:HierarchicalClassifier, dls):
+    "The networks to be trained: the hierarchy classifier's, if there are clusters to choose from, and the experts'."
     h, clusters = self.hierarchy, cluster_view(dls, self.hierarchy)
-    size, device = image_size(dls), torch.device(dls.device)
-    steps = range(-1, h.n_clusters) # the hierarchy classifier, then the experts
-    bar = progress_bar(steps, leave=False) if progress else steps
-    nets = [self._fit_router(clusters, cache) if q < 0 else self._fit_expert(q, dls, cache) for q in bar]
-    self.router, self.experts = nets[0], nets[1:]
-    self.size, self.device, self.normalize = size, device, getattr(dls.train, 'normalize', None)
+    router = [Job(clusters, self.router_spec, self.seed, 'the hierarchy classifier')] if h.n_clusters > 1 else []
+    return router + [job for q in range(h.n_clusters) for job in self._expert_jobs(q, dls)]
+
+@patch
+def _expert_jobs(self:HierarchicalClassifier, q, dls):
+    "The network of expert `q`, or all networks of the classifier that is nested there; none for a single class."
+    members = self.hierarchy.clusters[q]
+    if len(members) == 1: return []
+    view = class_view(dls, members)
+    if self.hierarchy.children[q] is not None: return self._nested(q)._jobs(view)
+    return [Job(view, self.expert_specs[q], self.seed + 1 + q, f'the expert of cluster {q} ({", ".join(map(str, view.vocab[:3]))} ...)')]
+
+@patch
+def _nested(self:HierarchicalClassifier, q):
+    "An untrained classifier for the clusters within cluster `q`."
+    spec = self.expert_specs[q]
+    return HierarchicalClassifier(self.hierarchy.children[q], spec, spec, self.recipe, self.seed + 1 + q)
+
+# %% ../nbs/50_hierarchical.ipynb #50aa0002
+@patch
+def _place(self:HierarchicalClassifier, nets, dls):
+    "Take the trained networks of `_jobs` from an iterator."
+    h = self.hierarchy
+    router = next(nets) if h.n_clusters > 1 else None
+    experts = [None if len(h.clusters[q]) == 1 else next(nets) if h.children[q] is None else self._nested(q)._place(nets, dls)
+               for q in range(h.n_clusters)]
+    self.router, self.experts = router, experts
+    self.shape, self.device, self.normalize = input_shape(dls), torch.device(dls.device), getattr(dls.train, 'normalize', None)
     return self
-
-@patch
-def _fit_router(self:HierarchicalClassifier, clusters, cache):
-    if self.hierarchy.n_clusters == 1: return None
-    return fit_network(clusters, self.router_spec, self.recipe, self.seed, 'the hierarchy classifier', cache)
-
-@patch
-def _fit_expert(self:HierarchicalClassifier, q, dls, cache):
-    members, child, seed = self.hierarchy.clusters[q], self.hierarchy.children[q], self.seed + 1 + q
-    if len(members) == 1: return None
-    view, spec = class_view(dls, members), self.expert_specs[q]
-    if child is not None:
-        return HierarchicalClassifier(child, spec, spec, self.recipe, seed).fit(view, cache, progress=False)
-    name = f'the expert of cluster {q} ({", ".join(map(str, view.vocab[:3]))} ...)'
-    return fit_network(view, spec, self.recipe, seed, name, cache)
 
 # %% ../nbs/50_hierarchical.ipynb #7ebb97c8
 @patch
@@ -110,9 +125,8 @@ def _inputs(self:HierarchicalClassifier, data):
     if self.experts is None: raise ValueError("this classifier isn't trained yet: call .fit(dls), or .load(folder)")
     if getattr(data, 'shuffle', False): raise ValueError("the loader is shuffled, so the answers would come in no known order")
     images, rows_of, targets = _raw(data)
-    if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.size):
-        h, w = self.size
-        raise ValueError(f"images have shape {tuple(images.shape)}; this classifier takes (N, 3, {h}, {w})")
+    if tuple(images.shape[1:]) != self.shape:
+        raise ValueError(f"images have shape {tuple(images.shape)}; this classifier takes (N, {', '.join(map(str, self.shape))})")
     if images.dtype == torch.uint8 and self.normalize is None:
         raise ValueError("this classifier was trained on DataLoaders that normalise by themselves: "
                          "pass such a loader (dls.test_dl(files))")
@@ -277,7 +291,7 @@ def _per_cluster(p, asked, probs, y, h):
 def _config(self:HierarchicalClassifier):
     "Everything but the weights, as JSON values."
     return dict(hierarchy=json.loads(self.hierarchy.to_json()), router=self.router_spec.to_dict(),
-                experts=[s.to_dict() for s in self.expert_specs], recipe=asdict(self.recipe), seed=self.seed, size=self.size, normalize=self.normalize and asdict(self.normalize),
+                experts=[s.to_dict() for s in self.expert_specs], recipe=asdict(self.recipe), seed=self.seed, shape=self.shape, normalize=self.normalize and asdict(self.normalize),
                 children=[e._config() if isinstance(e, HierarchicalClassifier) else None for e in self.experts])
 
 @patch
@@ -347,8 +361,8 @@ def _from_config(cls:HierarchicalClassifier, d):
     spec, h = NetworkSpec.from_dict, ClassHierarchy.from_json(json.dumps(d['hierarchy']))
     self = cls(h, spec(d['router']), [spec(s) for s in d['experts']], Recipe(**d['recipe']), d['seed'])
     stats = d['normalize']
-    self.size, self.normalize = tuple(d['size']), stats and Normalization(tuple(stats['mean']), tuple(stats['std']))
-    build = lambda spec, n: build_network(spec, n, self.size, seed=0).eval() if n > 1 else None
+    self.shape, self.normalize = tuple(d['shape']), stats and Normalization(tuple(stats['mean']), tuple(stats['std']))
+    build = lambda spec, n: build_network(spec, n, self.shape, seed=0).eval() if n > 1 else None
     self.router = build(self.router_spec, h.n_clusters)
     self.experts = [cls._from_config(child) if child else build(s, len(q))
                     for child, s, q in zip(d['children'], self.expert_specs, h.clusters)]

@@ -198,14 +198,14 @@ def _height_width(size):
 # %% ../nbs/30_networks.ipynb #3d3d6df8
 @patch
 def body_shape(self:NetworkSpec,
-    size=64 # of the images: pixels, or (H, W)
-) -> tuple: # (channels, height, width) that the fully connected layers see
+    size=64,   # of the images: pixels, or (H, W)
+    channels=3 # of the images
+) -> tuple:    # (channels, height, width) that the fully connected layers see
     "Shape of one image's features after the convolutions."
     h, w = _height_width(size)
     if min(h, w) < self.min_size:
         raise ValueError(f"{self.name} needs images of at least {self.min_size}×{self.min_size} pixels, not {h}×{w}: smaller ones vanish in its poolings")
-    channels = self.stages[-1].convs[-1].filters if self.stages else 3
-    return channels, _side(self.stages, h), _side(self.stages, w)
+    return self.stages[-1].convs[-1].filters if self.stages else channels, _side(self.stages, h), _side(self.stages, w)
 
 # %% ../nbs/30_networks.ipynb #2ab68a02
 def vgg_f_norm(n=5, kappa=2., alpha=1e-4, beta=0.75) -> nn.LocalResponseNorm:
@@ -218,9 +218,9 @@ def _max_pool(window):
     return nn.MaxPool2d(window, stride=2, ceil_mode=window == 3)
 
 # %% ../nbs/30_networks.ipynb #465bae53
-def _body_layers(spec):
+def _body_layers(spec, channels):
     "Names and modules of the convolutional part."
-    i, channels = 0, 3
+    i = 0
     for stage in spec.stages:
         for c in stage.convs:
             i += 1
@@ -262,14 +262,15 @@ def network(
     n_classes:int,        # width of the output layer
     size=64,              # of the images: pixels, or (H, W)
     hidden=None,          # hidden widths, for 'MLP' only
-    seed:int|None=None    # for the weights; None draws from PyTorch's generator as it stands
-) -> nn.Sequential:       # takes images (N, 3, H, W), returns logits (N, n_classes)
+    seed:int|None=None,   # for the weights; None draws from PyTorch's generator as it stands
+    channels:int=3        # of the images; features of another network may have more
+) -> nn.Sequential:       # takes images (N, channels, H, W), returns logits (N, n_classes)
     "A new network: `body` (convolutions) and `head` (fully connected layers)."
     spec = network_spec(name, hidden)
-    _check_counts(spec.name, n_classes=n_classes)
-    n_features = prod(spec.body_shape(size))
+    _check_counts(spec.name, n_classes=n_classes, channels=channels)
+    n_features = prod(spec.body_shape(size, channels))
     with seeded(seed):
-        body = nn.Sequential(OrderedDict(_body_layers(spec)))
+        body = nn.Sequential(OrderedDict(_body_layers(spec, channels)))
         head = nn.Sequential(OrderedDict(_head_layers(spec, n_features, n_classes)))
     return nn.Sequential(OrderedDict(body=body, head=head))
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import ImageDataLoaders, Learner, get_image_files, parent_label
+from fastai.vision.all import ImageDataLoaders, get_image_files, parent_label
 from hypothesis import given, strategies as st
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
@@ -15,7 +15,9 @@ import hdfast.hierarchical as hierarchical
 from hdfast.clustering import ClassHierarchy, cluster_classes, cluster_recursively, hierarchy_from_groups
 from hdfast.confusion import check_confusion
 from hdfast.hierarchical import HierarchicalClassifier, calibration_error, class_scores, combine, decompose, routing_scores
-from hdfast.learners import class_view, cluster_view, fit_network, recipe
+from hdfast import families
+from hdfast.families import fit_network
+from hdfast.learners import class_view, cluster_view, recipe
 from hdfast.networks import network
 
 short, one_epoch = recipe('one_cycle', epochs=2), recipe('one_cycle', epochs=1)
@@ -184,16 +186,16 @@ def test_each_cluster_may_have_a_network_of_its_own(images, dls, taxonomy):
 
 
 def test_an_interrupted_fit_goes_on_where_it_stopped(taxonomy, dls, tmp_path, monkeypatch):
-    trained, real = [], Learner.fit_recipe
-    def fit_recipe(self, recipe, seed, name):
+    trained, real = [], families.save_weights
+    def save_weights(net, file):
         if len(trained) == 2: raise KeyboardInterrupt
-        trained.append(name)
-        return real(self, recipe, seed, name)
-    monkeypatch.setattr(Learner, 'fit_recipe', fit_recipe)
+        trained.append(file.name)
+        return real(net, file)
+    monkeypatch.setattr(families, 'save_weights', save_weights)
     m = HierarchicalClassifier(taxonomy, 'MLP_8', 'MLP_6', recipe=short)
     with pytest.raises(KeyboardInterrupt): m.fit(dls, cache=tmp_path, progress=False)
     with pytest.raises(ValueError, match="isn't trained"): m.predict(torch.zeros(1, 3, 16, 16))
-    monkeypatch.setattr(Learner, 'fit_recipe', lambda self, recipe, seed, name: (trained.append(name), real(self, recipe, seed, name))[1])
+    monkeypatch.setattr(families, 'save_weights', lambda net, file: (trained.append(file.name), real(net, file))[1])
     m.fit(dls, cache=tmp_path, progress=False)
     assert len(trained) == len(set(trained)) == 4                                    # a router and three experts, none of them twice
 
@@ -472,7 +474,7 @@ def test_weights_of_a_nested_classifier_are_named_by_their_place(fitted, tmp_pat
     with pytest.raises(ValueError, match='expert_0.router.head.out.bias is missing'): HierarchicalClassifier.load(folder)
 
 
-@pytest.mark.parametrize('change', [lambda d: d['router'].update(fc=[[9]]), lambda d: d.update(size=[20, 20]), lambda d: d['experts'].pop(),
+@pytest.mark.parametrize('change', [lambda d: d['router'].update(fc=[[9]]), lambda d: d.update(shape=[3, 20, 20]), lambda d: d['experts'].pop(),
                                     lambda d: d['hierarchy'].update(home=[0]*9), lambda d: d['hierarchy'].update(format='x')],
                          ids=['another router', 'another size', 'an expert less', 'a home outside its cluster', 'no hierarchy'])
 def test_a_description_that_differs_from_the_weights_is_refused(change, classifier, tmp_path):
@@ -484,7 +486,7 @@ def test_a_description_that_differs_from_the_weights_is_refused(change, classifi
 @pytest.mark.parametrize('spoil', [
     lambda f: (f/'classifier.json').write_text('[1]'),
     lambda f: edit_json(f, lambda d: d.pop('router')),
-    lambda f: edit_json(f, lambda d: d.update(size=None)),
+    lambda f: edit_json(f, lambda d: d.update(shape=None)),
     lambda f: edit_json(f, lambda d: d['recipe'].update(unknown=1)),
     lambda f: edit_json(f, lambda d: d.update(normalize={'mean': [0.], 'std': [1.]})),
     lambda f: (f/'model.safetensors').write_bytes((f/'model.safetensors').read_bytes()[:100]),
