@@ -14,6 +14,7 @@ from .networks import *
 from .learners import *
 from .families import *
 from .hierarchical import *
+from .trunk import *
 from .plots import *
 
 # %% ../nbs/95_all.ipynb #9c5c42f8

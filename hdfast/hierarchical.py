@@ -50,6 +50,7 @@ def combine(
 # %% ../nbs/50_hierarchical.ipynb #ae8f7b67
 class HierarchicalClassifier:
     "A hierarchy classifier and one class assignment classifier per cluster."
+    _format = 'hdfast.HierarchicalClassifier.1' # of the folders that `save` writes
     def __init__(self,
         hierarchy:ClassHierarchy, # which classes form which cluster
         router='CNN_2',           # network of the hierarchy classifier: name or `NetworkSpec`
@@ -304,12 +305,10 @@ def _state(self:HierarchicalClassifier, prefix=''):
     return state
 
 # %% ../nbs/50_hierarchical.ipynb #4b1b3fc0
-_format = 'hdfast.HierarchicalClassifier.1'
-
-def _replaceable(folder):
+def _replaceable(folder, format):
     "Whether `folder` is empty, or holds a saved classifier and nothing else."
     names = {f.name for f in folder.iterdir() if f.name[0] != '.'}
-    return not names or names == {'classifier.json', 'model.safetensors'} and _format in (folder/'classifier.json').read_text(encoding='utf-8')
+    return not names or names == {'classifier.json', 'model.safetensors'} and format in (folder/'classifier.json').read_text(encoding='utf-8')
 
 @contextmanager
 def _aside(folder):
@@ -335,10 +334,10 @@ def save(self:HierarchicalClassifier,
     "Write weights (safetensors) and everything else (JSON) to `folder`."
     if self.experts is None: raise ValueError("this classifier isn't trained yet: there is nothing to save")
     folder = Path(folder)
-    if folder.exists() and not _replaceable(folder):
+    if folder.exists() and not _replaceable(folder, self._format):
         raise FileExistsError(f"{folder} holds something other than a saved classifier; choose another folder")
     versions = dict(hdfast=__version__, torch=torch.__version__, python=platform.python_version())
-    about = dict(format=_format, versions=versions, provenance=provenance) | self._config()
+    about = dict(format=self._format, versions=versions, provenance=provenance) | self._config()
     with _aside(folder) as part:
         save_file(self._state(), part/'model.safetensors')
         (part/'classifier.json').write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')
@@ -395,7 +394,7 @@ def load(cls:HierarchicalClassifier,
 @patch(cls_method=True)
 def _read(cls:HierarchicalClassifier, d, state):
     "A classifier from its description and its weights."
-    if d.get('format') != _format: raise ValueError(f"classifier.json has format {d.get('format')!r}; this version of hdfast reads {_format!r}")
+    if d.get('format') != cls._format: raise ValueError(f"classifier.json has format {d.get('format')!r}; this version of hdfast reads {cls._format!r}")
     self = cls._from_config(d)
     _check_state(state, self._state())
     self._load_state(state)

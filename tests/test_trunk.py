@@ -1,0 +1,196 @@
+"One trunk and many heads: exactness of the fused heads, the likelihood, routing, and saving."
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from hdfast.clustering import ClassHierarchy
+from hdfast.hierarchical import HierarchicalClassifier, combine
+from hdfast.learners import probabilities, recipe
+from hdfast.networks import Conv, NetworkSpec, Stage
+from hdfast.trunk import (ClassLikelihood, FusedHeads, TrunkClassifier, TrunkSpec, flat_network, multiplications, re_estimate,
+                          shared_trunk, trunk_spec)
+
+net_spec = NetworkSpec('little', [Stage([Conv(3, 8)]), Stage([Conv(3, 8)])])
+spec = trunk_spec(net_spec, shared=(), router=(8,), expert=(6,), dropout=0)
+how = recipe('one_cycle', epochs=2, bs=32)
+
+
+@pytest.fixture
+def overlapping(taxonomy): # nine classes in three clusters; class 0 in all, 4 in two
+    return ClassHierarchy(taxonomy.classes, [(0, 1, 2), (0, 3, 4, 5), (0, 4, 6, 7, 8)], taxonomy.home, taxonomy.linkage, 5, gamma=3)
+
+
+@pytest.fixture
+def model(dls, overlapping): return TrunkClassifier(overlapping, spec, how).fit(dls)
+
+
+@st.composite
+def covers(draw): # clusters that hold all of K classes, with overlap
+    K, n = draw(st.integers(2, 9)), draw(st.integers(1, 4))
+    sets = [set(draw(st.lists(st.integers(0, K-1), max_size=4))) for _ in range(n)]
+    for k in range(K): sets[k % n].add(k)
+    return K, [tuple(sorted(s)) for s in sets if s]
+
+
+@given(covers(), st.integers(0, 99))
+def test_product_probabilities_sum_to_one(cover, seed):
+    K, clusters = cover
+    torch.manual_seed(seed)
+    log_p = 3*torch.randn(5, len(clusters))
+    heads = FusedHeads(NetworkSpec('head', fc=(4,)), (7,), list(map(len, clusters)))
+    log_q = heads(torch.randn(5, 7)).log_softmax(2)
+    P = ClassLikelihood(clusters, K)(log_p.log_softmax(1), log_q)
+    assert P.shape == (5, K) and torch.allclose(P.exp().sum(1), torch.ones(5), atol=1e-5)
+
+
+@given(covers(), st.integers(0, 99))
+def test_likelihood_is_the_full_product_of_combine(cover, seed):
+    K, clusters = cover
+    torch.manual_seed(seed)
+    p, heads = torch.randn(5, len(clusters)).softmax(1), FusedHeads(NetworkSpec('head'), (7,), list(map(len, clusters)))
+    log_q = heads(torch.randn(5, 7)).log_softmax(2)
+    P = ClassLikelihood(clusters, K)(p.log(), log_q).exp()
+    follow = combine(p, lambda i, rows: log_q[i, rows, :len(clusters[i])].exp(), clusters, K, k=len(clusters))
+    assert torch.allclose(P, follow, atol=1e-5)
+
+
+@pytest.mark.parametrize('batch_norm', [False, True])
+@pytest.mark.parametrize('stages', [(), (Stage([Conv(3, 4), Conv(3, 6)]),)])
+def test_fused_heads_equal_separate_ones(stages, batch_norm):
+    torch.manual_seed(0)
+    shape, sizes = ((5, 8, 8) if stages else (11,)), [3, 1, 4, 2]
+    heads = FusedHeads(NetworkSpec('head', stages, fc=((6, 5), 4), dropout=.5), shape, sizes, batch_norm)
+    heads.train()(torch.randn(16, *shape)) # batch normalisation has seen something
+    x, heads = torch.randn(7, *shape), heads.eval()
+    for i, n in enumerate(sizes): assert torch.allclose(heads(x)[i, :, :n], heads.separate(i)(x), atol=1e-5)
+
+
+def test_superfluous_outputs_have_no_probability_and_no_gradient():
+    heads = FusedHeads(NetworkSpec('head'), (4,), [3, 1])
+    q = heads(torch.randn(6, 4)).softmax(2)
+    assert (q[1, :, 1:] == 0).all()
+    q[1, :, 0].log().sum().backward()
+    assert torch.isfinite(heads.out.weight.grad).all() and (heads.out.weight.grad[1, :, 1:] == 0).all()
+
+
+def test_gradients_of_the_joint_loss_are_those_of_the_explicit_sum(dls, overlapping):
+    x, y = dls.train.one_batch()
+    a, b = (shared_trunk(overlapping, spec, (3, 16, 16), seed=1) for _ in range(2))
+    F.cross_entropy(a(x), y).backward()
+    f = b.body(x)
+    p, experts, h = b.heads.log_p(f).exp(), [b.heads.experts(f)[q, :, :len(m)].softmax(1) for q, m in enumerate(overlapping.clusters)], overlapping
+    P = [sum(p[i, q]*experts[q][i, m.index(k)] for q, m in enumerate(h.clusters) if k in m) for i, k in enumerate(y.tolist())]
+    (-torch.stack(P).log().mean()).backward()
+    for (name, v), w in zip(a.named_parameters(), b.parameters()): assert torch.allclose(v.grad, w.grad, atol=1e-5), name
+
+
+def test_pace_multiplies_the_gradient_of_the_experts_alone(dls, taxonomy):
+    x, y = dls.train.one_batch()
+    grads = []
+    for pace in (1, 4):
+        net = shared_trunk(taxonomy, trunk_spec(net_spec, shared=(), router=(), expert=(6,), dropout=0, pace=pace), (3, 16, 16), seed=1)
+        F.cross_entropy(net(x), y).backward()
+        grads.append({k: v.grad for k, v in net.named_parameters()})
+    for k, g in grads[0].items():
+        factor = 4 if k.startswith('heads.experts') else 1
+        assert torch.allclose(factor*g, grads[1][k], atol=1e-6), k
+
+
+def test_top_1_equals_combine_on_the_fused_outputs(model, dls):
+    x = torch.cat([x for x, _ in dls[2]])
+    with torch.no_grad():
+        f = model.net.body(x)
+        p, q = model.net.heads.log_p(f).exp(), model.net.heads.experts(f).softmax(2)
+    for k in (1, 2, 3):
+        wanted = combine(p, lambda i, rows: q[i, rows, :len(model.hierarchy.clusters[i])], model.hierarchy.clusters, 9, k)
+        assert np.allclose(model.predict_proba(dls[2], k=k), wanted, atol=1e-5)
+
+
+def test_top_1_asks_one_expert_per_image(model, dls):
+    asked = []
+    for e in model.experts: e.register_forward_hook(lambda m, x, y: asked.append(len(y)))
+    model.predict(dls[2])
+    assert sum(asked) == len(dls[2].dataset)
+
+
+def test_full_product_is_the_network_itself(model, dls):
+    assert np.allclose(model.predict_proba(dls[2], k=3), probabilities(model.net, dls[2])[0], atol=1e-5)
+
+
+def test_save_and_load_change_no_bit(model, images, tmp_path):
+    again = TrunkClassifier.load(model.save(tmp_path/'m'))
+    assert (again.predict_proba(images.images, k=3) == model.predict_proba(images.images, k=3)).all()
+    assert again.spec == model.spec and again.hierarchy == model.hierarchy
+    model.save(tmp_path/'m') # its own folder may be replaced
+
+
+def test_the_two_kinds_of_saved_classifiers_are_told_apart(model, tmp_path):
+    with pytest.raises(ValueError, match='reads'): HierarchicalClassifier.load(model.save(tmp_path/'m'))
+    json.loads((tmp_path/'m'/'classifier.json').read_text())
+
+
+def test_frozen_trunk_does_not_move_and_a_started_one_does(dls, taxonomy):
+    flat = flat_network(net_spec, 9, (3, 16, 16))
+    for frozen in (True, False):
+        net = TrunkClassifier(taxonomy, spec, how).fit(dls, start=flat, frozen=frozen).net
+        same = [torch.equal(v, net.body.body.state_dict()[k]) for k, v in flat.body.state_dict().items()]
+        assert all(same) if frozen else not any(same)
+
+
+def test_frozen_features_train_the_same_heads_as_the_whole_network_would(dls, taxonomy):
+    flat = flat_network(net_spec, 9, (3, 16, 16))
+    model = TrunkClassifier(taxonomy, spec, how).fit(dls, start=flat, frozen=True)
+    assert np.allclose(model.predict_proba(dls[2], k=3), probabilities(model.net, dls[2])[0], atol=1e-5)
+
+
+def test_cache_gives_the_same_network_and_knows_its_settings(dls, taxonomy, tmp_path):
+    fit = lambda **kwargs: TrunkClassifier(taxonomy, trunk_spec(net_spec, shared=(), router=(), expert=(4,), **kwargs), how).fit(dls, tmp_path)
+    first, again, other = fit(), fit(), fit(drop=.1)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert all(torch.equal(v, again.net.state_dict()[k]) for k, v in first.net.state_dict().items())
+    assert not torch.equal(first.net.body.body.conv1.weight, other.net.body.body.conv1.weight)
+
+
+def test_re_estimate_keeps_classes_and_trunk_and_changes_the_hierarchy_in_its_own_light(model, dls):
+    refined = re_estimate(TrunkClassifier(model.hierarchy, spec, how).fit(dls), dls)
+    assert refined.hierarchy.classes == model.hierarchy.classes and refined.hierarchy.max_size == model.hierarchy.max_size
+    assert np.allclose(refined.predict_proba(dls[2], k=refined.hierarchy.n_clusters).sum(1), 1, atol=1e-5)
+
+
+def test_cost_is_trunk_router_and_the_dearest_experts(dls, taxonomy):
+    model = TrunkClassifier(taxonomy, trunk_spec(net_spec, shared=(), router=(), expert=()), how).fit(dls)
+    convolutions, features = 27*8*256 + 72*8*64, 8*4*4
+    assert model.cost()['macs'] == convolutions + features*3 + features*3
+    assert model.cost(3)['macs'] == convolutions + features*3 + 3*features*3
+    assert model.cost()['parameters'] == (27*8 + 8) + (72*8 + 8) + (features + 1)*(3 + 9)
+
+
+def test_private_stages_leave_the_shared_ones(taxonomy):
+    s = trunk_spec(net_spec, shared=(), router=(), expert=(4,), private=1, batch_norm=True, drop=.1)
+    net = shared_trunk(taxonomy, s, (3, 16, 16))
+    assert net.heads.experts.body.conv1.weight.shape == (24, 8, 3, 3)
+    assert TrunkSpec.from_dict(json.loads(json.dumps(s.to_dict()))) == s
+
+
+def test_one_cluster_and_clusters_of_one_class(dls, taxonomy, images):
+    for home in ([0]*9, list(range(9))):
+        clusters = [tuple(np.flatnonzero(np.array(home) == q)) for q in sorted(set(home))]
+        h = ClassHierarchy(taxonomy.classes, clusters, home, taxonomy.linkage, 9)
+        assert TrunkClassifier(h, spec, how).fit(dls).predict(images.images[:4]).shape == (4,)
+
+
+def test_flat_network_takes_the_same_changes(dls):
+    net = flat_network(net_spec, 9, (3, 16, 16), batch_norm=True, drop=.2)
+    assert [type(m).__name__ for m in net.body] == ['Conv2d', 'BatchNorm2d', 'ReLU', 'MaxPool2d', 'Dropout']*2
+    assert multiplications(net.eval(), torch.zeros(1, 3, 16, 16)) == multiplications(flat_network(net_spec, 9, (3, 16, 16)), torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize('wrong, message', [(dict(private=2), 'at least one must stay'), (dict(private=1), 'leave its shared layers out'),
+                                            (dict(drop=1.), 'below 1'), (dict(pace=0), 'pace must be positive')])
+def test_impossible_specs_say_what_is_wrong(wrong, message):
+    with pytest.raises(ValueError, match=message): trunk_spec(net_spec, **wrong)
