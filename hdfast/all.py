@@ -15,6 +15,7 @@ from .learners import *
 from .families import *
 from .hierarchical import *
 from .trunk import *
+from .transfer import *
 from .plots import *
 
 # %% ../nbs/95_all.ipynb #9c5c42f8
