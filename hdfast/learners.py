@@ -12,7 +12,7 @@ __all__ = ['torch_optimizers', 'optimizers', 'RECIPES', 'View', 'ImageView', 'No
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelValidException
@@ -77,11 +77,19 @@ class Normalization:
     std:tuple  # three floats
     def __post_init__(self):
         if len(self.mean) != 3 or len(self.std) != 3: raise ValueError(f"three means and three standard deviations are needed, not {self}")
-    def _stat(self, v, x): return torch.tensor(v, dtype=torch.float32, device=x.device)[:, None, None]
     def __call__(self, x):
-        mean, std = self._stat(self.mean, x), self._stat(self.std, x).clamp(min=1e-3) # a channel may be constant
-        return x.float().mul_(1/(255*std)).sub_(mean/std)
-    def decode(self, x): return (x*self._stat(self.std, x) + self._stat(self.mean, x)).clamp(0, 1)
+        scale, shift, *_ = _constants(self, x.device)
+        return x.float().mul_(scale).sub_(shift)
+    def decode(self, x):
+        *_, mean, std = _constants(self, x.device)
+        return (x*std + mean).clamp(0, 1)
+
+@cache
+def _constants(n, device):
+    "Factor, offset, mean and standard deviation of a `Normalization` as tensors (3, 1, 1)."
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=device)[:, None, None] for v in (n.mean, n.std))
+    floor = std.clamp(min=1e-3) # a channel may be constant
+    return 1/(255*floor), mean/floor, mean, std
 
 # %% ../nbs/40_learners.ipynb #954c425e
 class ImageDL(TfmdDL):
@@ -90,10 +98,13 @@ class ImageDL(TfmdDL):
         kwargs |= dict(bs=max(1, min(bs, len(dataset))), num_workers=0, do_setup=False, drop_last=False)
         super().__init__(dataset, shuffle=shuffle, device=device, **kwargs)
         self.wanted_bs, self.normalize, self.augment = bs, normalize, augment
+    def order(self):
+        "The samples of the next epoch in their order, and the generator for its augmentation."
+        g = torch.Generator().manual_seed(self.rng.randrange(2**63))
+        return torch.randperm(self.n, generator=g) if self.shuffle else torch.arange(self.n), g
     def __iter__(self):
         self.before_iter()
-        g = torch.Generator().manual_seed(self.rng.randrange(2**63))
-        order = torch.randperm(self.n, generator=g) if self.shuffle else torch.arange(self.n)
+        order, g = self.order()
         for i in order.to(self.dataset.index.device).split(self.bs):
             x, *y = to_device(self.dataset.batch(i), self.device)
             if self.augment and self.shuffle: x = self.augment(x, g)

@@ -174,9 +174,9 @@ def test_a_cluster_of_one_class_has_no_expert_and_one_cluster_has_no_router(kind
 def test_router_and_experts_are_the_networks_that_their_views_alone_would_give(images, dls):
     h = hierarchy('overlap', images)
     m = fit(h, dls, seed=5)
-    same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-    assert same(m.router, fit_network(cluster_view(dls, h), 'MLP_8', short, seed=5))
-    for q, e in enumerate(m.experts): assert same(e, fit_network(class_view(dls, h.clusters[q]), 'MLP_6', short, seed=5 + 1 + q))
+    near = lambda a, b: all(torch.allclose(x, y, atol=1e-6) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert near(m.router, fit_network(cluster_view(dls, h), 'MLP_8', short, seed=5)) # fused, so equal but for rounding
+    for q, e in enumerate(m.experts): assert near(e, fit_network(class_view(dls, h.clusters[q]), 'MLP_6', short, seed=5 + 1 + q))
 
 
 def test_each_cluster_may_have_a_network_of_its_own(images, dls, taxonomy):
