@@ -11,6 +11,7 @@ from .confusion import *
 from .linkage import *
 from .clustering import *
 from .networks import *
+from .memory import *
 from .learners import *
 from .families import *
 from .hierarchical import *
