@@ -176,15 +176,16 @@ def _repr_html_(self:NetworkMemory):
 def _module_and_shape(net, n_classes, size):
     "`net` as a module, on the meta device if it's only a name or spec, and the shape of one input."
     size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if isinstance(net, nn.Module): return net, size if len(size) == 3 else (3, *size)
+    shape = size if len(size) == 3 else (3, *size)
+    if isinstance(net, nn.Module): return net, shape
     if n_classes is None: raise ValueError(f"how many classes? network_memory({getattr(net, 'name', net)!r}, n_classes, size)")
-    with torch.device('meta'): return network(net, n_classes, size), (3, *size)
+    with torch.device('meta'): return network(net, n_classes, shape[1:], channels=shape[0]), shape
 
 # %% ../nbs/35_memory.ipynb #3a51c029
 def network_memory(
     net:nn.Module|str|NetworkSpec, # any module, or what `network` takes
     n_classes:int=None,  # width of the output layer; for a module optional, and checked
-    size=64,             # of the images: pixels, (H, W), or (C, H, W) for a module
+    size=64,             # of the images: pixels, (H, W), or (C, H, W)
     batch:int=1,         # images
     bias:bool=False,     # count biases? The paper doesn't
     dtype=torch.float32, # of parameters and data
@@ -250,10 +251,10 @@ def _questions(routing, experts, batch):
 
 # %% ../nbs/35_memory.ipynb #3a51c047
 def family_memory(
-    family,              # a `ClassHierarchy`, or a classifier with .hierarchy, .router_spec, .expert_specs and .size
+    family,              # a `ClassHierarchy`, or a classifier with .hierarchy, .router_spec, .expert_specs and .shape
     router=None,         # network of the hierarchy classifier, if `family` is a hierarchy: name or spec
     expert=None,         # network of the experts: name, spec, or a list with one for each cluster
-    size=None,           # of the images: pixels or (H, W); None takes the classifier's
+    size=None,           # of the images: pixels, (H, W) or (C, H, W); None takes the classifier's
     batch:int=50,        # images, 50 in the paper
     routing=None,        # (n,) share of images that go to each cluster; None: all the same
     bias:bool=False,     # count biases? The paper doesn't
@@ -276,7 +277,7 @@ def _family(family, router, expert, size):
     h = getattr(family, 'hierarchy', family)
     if any(child is not None for child in h.children): raise ValueError("a nested hierarchy has experts with experts of their own: account for each level by itself")
     router, expert = router or getattr(family, 'router_spec', None), expert or getattr(family, 'expert_specs', None)
-    size = size or getattr(family, 'size', None)
+    size = size or getattr(family, 'shape', None)
     missing = [name for name, v in dict(router=router, expert=expert, size=size).items() if v is None]
     if missing: raise ValueError(f"{type(family).__name__} doesn't say: give {' and '.join(missing)}")
     specs = [expert]*h.n_clusters if isinstance(expert, (str, NetworkSpec)) else list(expert)
