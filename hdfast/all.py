@@ -17,6 +17,7 @@ from .families import *
 from .hierarchical import *
 from .trunk import *
 from .transfer import *
+from .selection import *
 from .plots import *
 
 # %% ../nbs/95_all.ipynb #9c5c42f8
