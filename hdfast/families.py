@@ -342,22 +342,22 @@ class _Steps:
 
 # %% ../nbs/45_families.ipynb #5f0a1d1c
 def _record(steps):
-    "Replace the steps by recordings of themselves."
+    "Replace the steps by recordings of themselves; returns the stream to replay them in."
     held = [*steps.net.state_dict().values(), *(t for ts in steps.rule.state for t in ts), steps.at, steps.losses]
-    before = [t.clone() for t in held]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    before, stream = [t.clone() for t in held], torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for n in steps.run:
             for _ in range(3): steps.step(n)
             steps.at.zero_()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
     for n in list(steps.run):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph): steps.step(n)
+        with torch.cuda.graph(graph, stream=stream): steps.step(n)
         steps.run[n] = graph.replay
     with torch.no_grad():
         for t, b in zip(held, before): t.copy_(b)
+    return stream
 
 # %% ../nbs/45_families.ipynb #5f0a1d1e
 def _train_recorded(nets, loaders, recipe, names, device, on_epoch=None):
@@ -365,8 +365,7 @@ def _train_recorded(nets, loaders, recipe, names, device, on_epoch=None):
     steps, streams = [_Steps(net.train(), dl, recipe, device) for net, dl in zip(nets, loaders)], [None]*len(nets)
     if device.type == 'cuda':
         torch.backends.cudnn.benchmark = True
-        for s in steps: _record(s)
-        streams = [torch.cuda.Stream(device) for _ in nets]
+        streams = [_record(s) for s in steps]
         torch.cuda.synchronize(device)
     for i in range(max(map(len, steps))):
         for s, stream in zip(steps, streams):
@@ -398,15 +397,14 @@ def _chunks(which, n): return [which[i:i+n] for i in range(0, len(which), n)]
 # %% ../nbs/45_families.ipynb #5f0a1d23
 def _work(jobs, which):
     "The jobs `which` in groups that are trained together: (how, indices)."
-    alike, rest = defaultdict(list), []
+    alike = defaultdict(list)
     for i in which: alike[_fusable(jobs[i])].append(i)
-    rest += alike.pop(None, [])
-    for some in alike.values():
-        if len(some) == 1: rest += some
-        else: yield from ((_train_fused, part) for part in _chunks(some, 64))
+    rest = alike.pop(None, []) + [some[0] for some in alike.values() if len(some) == 1]
     recordable = [i for i in rest if torch.device(jobs[i].dls.device).type == 'cuda' and can_be_recorded(jobs[i].dls)]
-    yield from ((_train_side_by_side, part) for part in _chunks(_longest_first(jobs, recordable), 16))
     yield from ((_train_alone, [i]) for i in rest if i not in recordable)
+    yield from ((_train_side_by_side, part) for part in _chunks(_longest_first(jobs, recordable), 16))
+    for some in alike.values():
+        if len(some) > 1: yield from ((_train_fused, part) for part in _chunks(some, 64))
 
 # %% ../nbs/45_families.ipynb #5f0a1d24
 def _train_alone(jobs, recipe): return [train(job.build(), job.dls, recipe, job.seed, job.name) for job in jobs]
