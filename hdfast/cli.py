@@ -9,6 +9,7 @@ __all__ = ['DURATIONS', 'COMMANDS', 'EXAMPLES', 'about', 'reproduce', 'decompose
 import io, os, sys, time, traceback, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stdout
+from importlib.util import find_spec
 from itertools import islice
 from json import JSONDecodeError, dumps
 from pathlib import Path
@@ -45,30 +46,44 @@ def _bars():
 DURATIONS = {'smoke': 'about a minute on 2 cores', 'cpu': 'minutes for an experiment with MLPs, hours for one with CNNs, on 2 cores',
              'paper': 'about an hour for an experiment with MLPs, many hours for one with CNNs and overlap, on 2 cores (choose with --only)'}
 
-def _list_experiments(experiments):
-    "Print a table of the experiments: name, what it regenerates, profiles."
-    rows = [('name', 'regenerates', 'profiles'), *((e.name, e.table, ', '.join(e.profiles)) for e in experiments)]
-    for name, table, profiles in rows: print(f'{name:<16}  {table:<12}  {profiles}')
+def _list_experiments(experiments, out):
+    "Print a table of the experiments: name, what it regenerates, profiles, and whether `out` has a result."
+    rows = [('name', 'regenerates', 'profiles', 'result')]
+    rows += [(e.name, e.table, ', '.join(e.profiles), 'there' if (out/f'{e.name}.json').exists() else '-') for e in experiments]
+    for name, table, profiles, result in rows: print(f'{name:<18}  {table:<18}  {profiles:<17}  {result}')
     return 0
 
 # %% ../nbs/90_cli.ipynb #b208bdfa
 def reproduce(
     profile:str='smoke', # smoke (synthetic images), cpu (real images, 10 epochs) or paper (the full protocol)
-    only:Annotated[str, dict(nargs='+', action='extend', metavar='NAME')]=None, # run only these experiments; --list names them
+    only:Annotated[str, dict(nargs='+', action='extend', metavar='NAME')]=None, # run only these experiments, and what they need; --list names them
     out:Annotated[str, dict(metavar='DIR')]=None, # where results go (default: runs/PROFILE)
-    list:bool=False, # list the experiments and run none
+    jobs:int=1,          # how many pages to run at once
+    device:str=None,     # cpu, cuda or mps (default: the best there is)
+    timeout:float=None,  # minutes after which a page is stopped (default: none)
+    again:bool=False,    # also run what is finished
+    list:bool=False,     # list the experiments, say which have a result in DIR, and run none
 ) -> int: # exit status
     "Run the paper's experiments, and print their tables and where the figures are."
-    from hdfast import experiments
-    todo = experiments.select(profile, only)
-    if list: return _list_experiments(experiments.EXPERIMENTS.values())
-    if experiments.papermill is None: raise ValueError("this needs papermill and ipykernel: pip install 'hdfast[reproduce]'")
-    out = Path(out or Path('runs')/profile)
-    if out.exists() and not out.is_dir(): raise ValueError(f'--out {out} is a file; it must be a folder, or not be there yet')
+    from hdfast import experiments, runner
+    todo, out = runner.select(profile, only), Path(out or Path('runs')/profile)
+    if list: return _list_experiments(experiments.EXPERIMENTS.values(), out)
+    _check_run(out, jobs, timeout)
+    device = str(_device(device)) if device else None
     print(f"Profile {profile}: {len(todo)} experiment{'s'*(len(todo) > 1)}, {', '.join(e.name for e in todo)}\n"
           f'Time: {DURATIONS[profile]}. Results go to {out}.', flush=True)
-    found = experiments.reproduce(profile, only, out)
+    found = runner.reproduce(profile, only, out, jobs=jobs, device=device, timeout=timeout and 60*timeout, again=again, say=_say)
     return int(any(isinstance(o, Exception) for o in found.values()))
+
+def _say(line): print(line, flush=True)
+
+# %% ../nbs/90_cli.ipynb #8b1d2ee8
+def _check_run(out, jobs, timeout):
+    "ValueError about settings of `reproduce` that can't work."
+    if find_spec('papermill') is None: raise ValueError("this needs papermill and ipykernel: pip install 'hdfast[reproduce]'")
+    if out.exists() and not out.is_dir(): raise ValueError(f'--out {out} is a file; it must be a folder, or not be there yet')
+    if jobs < 1: raise ValueError(f'--jobs {jobs}: at least one page has to run')
+    if timeout is not None and not timeout > 0: raise ValueError(f'--timeout {timeout:g}: it is a number of minutes, more than 0')
 
 # %% ../nbs/90_cli.ipynb #15a2b0ea
 def _check_settings(size, gamma, clusters, seed, networks):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from hdfast import __version__, datasets, experiments, hierarchical, learners
+from hdfast import __version__, cli, datasets, experiments, hierarchical, learners, runner
 from hdfast.cli import COMMANDS, EXAMPLES, about, main
 from hdfast.clustering import ClassHierarchy
 from hdfast.hierarchical import HierarchicalClassifier
@@ -221,6 +221,9 @@ BAD = {
     'an option first': (['--out', 'x'], "no command '--out'"),
     'profile': (['reproduce', '--profile', 'fast'], "no profile 'fast'; there are smoke, cpu, paper"),
     'experiment': (['reproduce', '--only', 'table_9'], 'no experiment table_9; it has mlp_synthetic'),
+    'jobs': (['reproduce', '--jobs', '0'], '--jobs 0: at least one'),
+    'timeout': (['reproduce', '--timeout', '0'], '--timeout 0: it is a number of minutes'),
+    'device of reproduce': (['reproduce', '--device', 'abacus'], "'cpu' always works"),
     'reproduce into a file': (['reproduce', '--out', '{file}'], 'is a file'),
     'unknown option': (['reproduce', '--fast'], 'unrecognized arguments: --fast (hdfast reproduce --help'),
     'no --out': (['decompose', '{folder}'], 'required: --out'),
@@ -309,7 +312,7 @@ def test_traceback_on_request(capsys, monkeypatch):
 
 def test_mistakes_of_ours_are_not_hidden(monkeypatch):
     def wrong(*args): raise RuntimeError('a mistake')
-    monkeypatch.setattr(experiments, 'select', wrong)
+    monkeypatch.setattr(runner, 'select', wrong)
     with pytest.raises(RuntimeError, match='a mistake'): main(['reproduce'])
 
 
@@ -333,39 +336,45 @@ def test_bad_input_in_a_shell():
 # ---- reproduce
 
 @pytest.fixture
-def runner(monkeypatch):
+def runs(monkeypatch):
     "`reproduce` of the library replaced by a record of its arguments; set `.found` to choose what it returns"
-    class Runner:
+    class Runs:
         found, called = {'mlp_synthetic': {}}, []
-        def __call__(self, *args): self.called = self.called + [args]; return self.found
-    runner = Runner()
-    monkeypatch.setattr(experiments, 'reproduce', runner)
-    monkeypatch.setattr(experiments, 'papermill', object())
-    return runner
+        def __call__(self, *args, **settings):
+            self.called = self.called + [(*args, {k: v for k, v in settings.items() if k != 'say'})]
+            return self.found
+    runs = Runs()
+    monkeypatch.setattr(runner, 'reproduce', runs)
+    monkeypatch.setattr(cli, 'find_spec', lambda name: True)
+    return runs
 
 
-def test_reproduce_says_what_it_will_do(runner, capsys):
-    assert main(['reproduce']) == 0
+def test_reproduce_says_what_it_will_do(runs, capsys):
+    assert main(['reproduce', '--only', 'mlp_synthetic']) == 0
     out = capsys.readouterr().out
-    assert 'Profile smoke: 1 experiment, mlp_synthetic' in out and 'about a minute' in out
-    assert main(['reproduce', '--only', 'cnn_cifar100', 'mlp_cifar100', '--only', 'mlp_caltech101', '--profile', 'paper', '--out', 'there']) == 0
-    assert '3 experiments, cnn_cifar100, mlp_cifar100, mlp_caltech101' in capsys.readouterr().out
-    assert runner.called == [('smoke', None, Path('runs/smoke')), ('paper', ['cnn_cifar100', 'mlp_cifar100', 'mlp_caltech101'], Path('there'))]
+    assert 'Profile smoke: 1 experiment, mlp_synthetic' in out and 'Results go to runs/smoke' in out
+    assert main(['reproduce', '--only', 'cnn_cifar100', 'mlp_cifar100', '--only', 'mlp_caltech101', '--profile', 'paper', '--out', 'there',
+                 '--jobs', 4, '--device', 'cpu', '--timeout', 2, '--again']) == 0
+    assert '3 experiments, mlp_caltech101, mlp_cifar100, cnn_cifar100' in capsys.readouterr().out
+    assert runs.called == [('smoke', ['mlp_synthetic'], Path('runs/smoke'), dict(jobs=1, device=None, timeout=None, again=False)),
+        ('paper', ['cnn_cifar100', 'mlp_cifar100', 'mlp_caltech101'], Path('there'), dict(jobs=4, device='cpu', timeout=120, again=True))]
 
 
-def test_reproduce_fails_with_1(runner):
-    runner.found = {'mlp_synthetic': {}, 'cnn_synthetic': RuntimeError('no')}
+def test_reproduce_fails_with_1(runs):
+    runs.found = {'mlp_synthetic': {}, 'cnn_synthetic': RuntimeError('no')}
     assert main(['reproduce']) == 1
 
 
-def test_reproduce_needs_papermill(runner, monkeypatch, capsys):
-    monkeypatch.setattr(experiments, 'papermill', None)
+def test_reproduce_needs_papermill(runs, monkeypatch, capsys):
+    monkeypatch.setattr(cli, 'find_spec', lambda name: None)
     assert "pip install 'hdfast[reproduce]'" in refused(capsys, 'reproduce')
-    assert runner.called == []
+    assert runs.called == []
 
 
-def test_list(runner, capsys):
-    assert main(['reproduce', '--list']) == 0
+def test_list(runs, tmp_path, capsys):
+    (tmp_path/'mlp_caltech101.json').write_text('{}')
+    assert main(['reproduce', '--list', '--out', tmp_path]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[0] == ['name', 'regenerates', 'profiles'] and [r[0] for r in rows[1:]] == list(experiments.EXPERIMENTS)
-    assert ['mlp_caltech101', 'Table', '3', 'cpu,', 'paper'] in rows and runner.called == []
+    assert rows[0] == ['name', 'regenerates', 'profiles', 'result'] and [r[0] for r in rows[1:]] == list(experiments.EXPERIMENTS)
+    assert ['mlp_caltech101', 'Table', '3', 'cpu,', 'paper', 'there'] in rows and ['mlp_caltech256', 'Table', '5', 'cpu,', 'paper', '-'] in rows
+    assert runs.called == []
