@@ -346,14 +346,13 @@ def _record(steps):
     held = [*steps.net.state_dict().values(), *(t for ts in steps.rule.state for t in ts), steps.at, steps.losses]
     before, stream = [t.clone() for t in held], torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for n in steps.run:
+    for n in list(steps.run):
+        with torch.cuda.stream(stream), torch.backends.cudnn.flags(enabled=True, benchmark=n == steps.bs):
             for _ in range(3): steps.step(n)
             steps.at.zero_()
-    torch.cuda.synchronize()
-    for n in list(steps.run):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream): steps.step(n)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream): steps.step(n)
         steps.run[n] = graph.replay
     with torch.no_grad():
         for t, b in zip(held, before): t.copy_(b)
@@ -364,7 +363,6 @@ def _train_recorded(nets, loaders, recipe, names, device, on_epoch=None):
     "Train networks side by side from recorded steps; `on_epoch` hears of the first."
     steps, streams = [_Steps(net.train(), dl, recipe, device) for net, dl in zip(nets, loaders)], [None]*len(nets)
     if device.type == 'cuda':
-        torch.backends.cudnn.benchmark = True
         streams = [_record(s) for s in steps]
         torch.cuda.synchronize(device)
     for i in range(max(map(len, steps))):
