@@ -6,7 +6,8 @@
 __all__ = ['CNN_CANDIDATES', 'MLP_CANDIDATES', 'CANDIDATES', 'describe', 'Trial', 'candidate_jobs', 'try_candidates',
            'held_out_accuracy', 'class_counts', 'merge_trials', 'read_pile', 'pile_up', 'trial_table', 'SpecClassifier',
            'layers_neurons', 'SpecRegressor', 'chooser_for', 'NetworkSelector', 'specs_for', 'apart', 'leave_one_out',
-           'choices', 'choice_scores', 'verdict', 'choice_rows', 'in_processes', 'in_ray', 'plot_mix']
+           'best_of', 'choices', 'choice_scores', 'verdict', 'choice_rows', 'chosen_specs', 'in_processes', 'in_ray',
+           'plot_mix']
 
 # %% ../nbs/60_selection.ipynb #02e94179
 import json, tempfile
@@ -87,7 +88,6 @@ def candidate_jobs(
     h:ClassHierarchy, # whose clusters need experts
     candidates,       # network specs
     seed:int=0,       # of the hierarchical classifier
-    job=Job,          # makes a job from (view, spec, seed, name)
 ) -> list:            # of (cluster, spec, `Job`)
     "A job for every candidate on every cluster of two classes or more."
     found = []
@@ -95,7 +95,7 @@ def candidate_jobs(
         if len(members) < 2: continue
         view = class_view(dls, members)
         if not len(view.valid.dataset): raise ValueError(f"cluster {q} ({_some(view.vocab)}) has no held-out image to choose by")
-        found += [(q, s, job(view, s, seed + 1 + q, f'{s.name} for cluster {q} ({_some(view.vocab)})')) for s in candidates]
+        found += [(q, s, Job(view, s, seed + 1 + q, f'{s.name} for cluster {q} ({_some(view.vocab)})')) for s in candidates]
     return found
 
 def _some(names): return ', '.join(map(str, names[:3])) + (' ...' if len(names) > 3 else '')
@@ -111,11 +111,10 @@ def try_candidates(
     cache=None,         # folder of trained networks: an interrupted call goes on from there
     progress:bool=False,# show a bar with the time left
     train=fit_networks, # function of (jobs, recipe, cache, progress)
-    job=Job,            # makes a job from (view, spec, seed, name)
 ) -> list:              # a `Trial` for every cluster of two classes or more
     "Train every candidate on every cluster and score it on the held-out slice (steps 2 and 3 of Algorithm 2)."
     candidates, how = [network_spec(s) for s in candidates], _recipe(recipe)
-    jobs = candidate_jobs(dls, h, candidates, seed, job)
+    jobs = candidate_jobs(dls, h, candidates, seed)
     nets = train([j for *_, j in jobs], how, cache, bar_over(len(jobs)) if progress else None)
     found = {}
     for (q, s, j), net in zip(jobs, nets): found.setdefault(q, {})[s.name] = held_out_accuracy(net, j.dls), n_parameters(net)
@@ -266,10 +265,10 @@ def fit(self:NetworkSelector,
     C,                # confusion matrix of the flat network, shape (K, K)
     cache=None,       # folder of trained networks: an interrupted fit goes on from there
     progress:bool=True, # show a bar with the time left
-    **kwargs,         # train and job, as for `try_candidates`
+    train=fit_networks, # function of (jobs, recipe, cache, progress)
 ) -> NetworkSelector:
     "Try all candidates on every cluster, and learn from what was found."
-    return self.learn(try_candidates(dls, h, C, self.candidates.values(), self.recipe, self.seed, cache, progress, **kwargs))
+    return self.learn(try_candidates(dls, h, C, self.candidates.values(), self.recipe, self.seed, cache, progress, train))
 
 # %% ../nbs/60_selection.ipynb #e12e9cc6
 @patch
@@ -352,6 +351,10 @@ def leave_one_out(
     return [chooser.fit(part, candidates).predict([t.description])[0] for t, part in zip(trials, parts)]
 
 # %% ../nbs/60_selection.ipynb #08d1d7f1
+def best_of(trials, candidates) -> list: # a name for each trial
+    "The best on the held-out slice among some of the candidates."
+    return [_only(t, [network_spec(s).name for s in candidates]).best for t in trials]
+
 def choices(
     trials,       # with scores of all candidates
     candidates,   # names or specs
@@ -361,7 +364,7 @@ def choices(
     "What every way to choose takes for each cluster."
     specs, rng = [network_spec(s) for s in candidates], np.random.default_rng(seed)
     names, trials = [s.name for s in specs], [_only(t, [s.name for s in specs]) for t in trials]
-    return pd.DataFrame({'oracle': [t.best for t in trials], 'learned': leave_one_out(trials, specs, chooser or chooser_for(specs)),
+    return pd.DataFrame({'oracle': best_of(trials, specs), 'learned': leave_one_out(trials, specs, chooser or chooser_for(specs)),
                          'most frequent': [_most_frequent(apart(trials, i), names) for i in range(len(trials))],
                          'random': rng.choice(names, len(trials)), 'smallest': [min(names, key=t.parameters.get) for t in trials]})
 
@@ -413,6 +416,18 @@ def choice_rows(
         rows[way] = {**table.loc['top-1'], 'oracle router': table.loc['oracle router', 'FC'],
                      'parameters': sum(n_parameters(m) for m in (model.router, *model.experts) if m is not None)}
     return pd.DataFrame(rows).T
+
+# %% ../nbs/60_selection.ipynb #75a34922
+def chosen_specs(
+    h:ClassHierarchy, # the hierarchy of `trials`
+    trials,           # one for each of its clusters of two classes or more
+    picks,            # names: a row for each trial, a column for each way to choose
+    candidates,       # names or specs
+) -> dict:            # way to choose -> list of specs, one for each cluster
+    "The choices as experts of a `HierarchicalClassifier`."
+    specs = {s.name: s for s in map(network_spec, candidates)}
+    chosen = lambda way: {t.classes: specs[name] for t, name in zip(trials, picks[way])}
+    return {way: specs_for(h, chosen(way), next(iter(specs.values()))) for way in picks}
 
 # %% ../nbs/60_selection.ipynb #7d119c00
 def _parts(jobs, n):
