@@ -152,6 +152,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'hdfast.experiments._evaluation_rows': ('experiments.html#_evaluation_rows', 'hdfast/experiments.py'),
                                     'hdfast.experiments._git': ('experiments.html#_git', 'hdfast/experiments.py'),
                                     'hdfast.experiments._hierarchy': ('experiments.html#_hierarchy', 'hdfast/experiments.py'),
+                                    'hdfast.experiments._selection': ('experiments.html#_selection', 'hdfast/experiments.py'),
                                     'hdfast.experiments._synthetic': ('experiments.html#_synthetic', 'hdfast/experiments.py'),
                                     'hdfast.experiments._timed': ('experiments.html#_timed', 'hdfast/experiments.py'),
                                     'hdfast.experiments.caption': ('experiments.html#caption', 'hdfast/experiments.py'),

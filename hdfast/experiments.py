@@ -246,6 +246,11 @@ def _synthetic(family, **profiles):
     shared = dict(name=f'{family}_synthetic', table='', dataset='synthetic', family=family, n_clusters=6, gammas=[0, 3, 5])
     return Experiment(f'{family}_synthetic', 'none: made by code', 'hierarchy.ipynb', shared, profiles)
 
+def _selection(name, table, dataset, family, n_clusters, clusterings=('learned',), **profiles):
+    "An experiment on choosing the experts' networks."
+    shared = dict(name=name, table=table, dataset=dataset, family=family, n_clusters=n_clusters, clusterings=list(clusterings))
+    return Experiment(name, table or 'none: made by code', 'selection.ipynb', shared, profiles)
+
 EXPERIMENTS = {e.name: e for e in [
     _synthetic('mlp', smoke=dict(epochs=20, runs=1)), _synthetic('cnn', cpu=dict(epochs=40, runs=1)),
     _hierarchy('mlp_caltech101', 'Table 3', 'caltech101', 'mlp', 44, [0, 3, 5, 8], 6),
@@ -255,5 +260,13 @@ EXPERIMENTS = {e.name: e for e in [
     _hierarchy('mlp_cifar100', 'Table 7', 'cifar100', 'mlp', 30, [0, 3, 5], 3),
     _hierarchy('mlp_cifar100_seeds', 'Table 7', 'cifar100', 'mlp', 30, [0], 3), # without overlap, which takes most of the time
     _hierarchy('cnn_cifar100', 'Table 8', 'cifar100', 'cnn', 30, [0, 3, 5], 3),
+    _selection('selection_synthetic', '', 'synthetic', 'mlp', 12, ('given', 'learned'), smoke=dict(epochs=10, runs=1)),
+    _selection('selection_mlp_caltech101', 'Table 3', 'caltech101', 'mlp', 44, cpu=dict(epochs=40, runs=6), paper=dict(epochs=40, runs=6)),
+    _selection('selection_mlp_cifar100', 'Table 7', 'cifar100', 'mlp', 30, cpu=dict(epochs=40, runs=3), paper=dict(epochs=40, runs=3)),
+    _selection('selection_cnn_cifar100', 'Table 9', 'cifar100', 'cnn', 30, ('given', 'learned'), cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=3)),
+    _selection('selection_cnn_caltech101', 'Table 10', 'caltech101', 'cnn', 48, cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=6)),
+    _selection('selection_joint_cifar100', 'Table 10', 'cifar100', 'joint', 30, cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=3)),
+    _selection('selection_joint_caltech101', 'Table 10', 'caltech101', 'joint', 48, cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=6)),
+    _selection('selection_joint_caltech256', 'Table 10', 'caltech256', 'joint', 104, paper=dict(epochs=40, runs=6)),
     Experiment('benchmark_loader', 'speed of loading', 'benchmark.ipynb', dict(name='benchmark_loader', n_images=5000),
                {'cpu': dict(repeats=3), 'paper': dict(repeats=5)}, alone=True)]}
