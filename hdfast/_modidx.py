@@ -148,6 +148,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'hdfast.datasets.synthetic': ('datasets.html#synthetic', 'hdfast/datasets.py')},
             'hdfast.experiments': { 'hdfast.experiments.Experiment': ('experiments.html#experiment', 'hdfast/experiments.py'),
                                     'hdfast.experiments.Family': ('experiments.html#family', 'hdfast/experiments.py'),
+                                    'hdfast.experiments._accounting': ('experiments.html#_accounting', 'hdfast/experiments.py'),
                                     'hdfast.experiments._arithmetic': ('experiments.html#_arithmetic', 'hdfast/experiments.py'),
                                     'hdfast.experiments._evaluation_rows': ('experiments.html#_evaluation_rows', 'hdfast/experiments.py'),
                                     'hdfast.experiments._git': ('experiments.html#_git', 'hdfast/experiments.py'),

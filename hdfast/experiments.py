@@ -251,6 +251,10 @@ def _selection(name, table, dataset, family, n_clusters, clusterings=('learned',
     shared = dict(name=name, table=table, dataset=dataset, family=family, n_clusters=n_clusters, clusterings=list(clusterings))
     return Experiment(name, table or 'none: made by code', 'selection.ipynb', shared, profiles)
 
+def _accounting(name, table):
+    "A page that trains nothing: the same under every profile."
+    return Experiment(name, table, f'{name}.ipynb', dict(name=name), {profile: {} for profile in ('smoke', 'cpu', 'paper')})
+
 EXPERIMENTS = {e.name: e for e in [
     _synthetic('mlp', smoke=dict(epochs=20, runs=1)), _synthetic('cnn', cpu=dict(epochs=40, runs=1)),
     _hierarchy('mlp_caltech101', 'Table 3', 'caltech101', 'mlp', 44, [0, 3, 5, 8], 6),
@@ -268,5 +272,6 @@ EXPERIMENTS = {e.name: e for e in [
     _selection('selection_joint_cifar100', 'Table 10', 'cifar100', 'joint', 30, cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=3)),
     _selection('selection_joint_caltech101', 'Table 10', 'caltech101', 'joint', 48, cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=6)),
     _selection('selection_joint_caltech256', 'Table 10', 'caltech256', 'joint', 104, paper=dict(epochs=40, runs=6)),
+    _accounting('memory', 'Tables 12 to 16'), _accounting('audit', 'all tables, checked'),
     Experiment('benchmark_loader', 'speed of loading', 'benchmark.ipynb', dict(name='benchmark_loader', n_images=5000),
                {'cpu': dict(repeats=3), 'paper': dict(repeats=5)}, alone=True)]}
