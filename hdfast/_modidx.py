@@ -502,6 +502,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'hdfast.selection.Trial': ('selection.html#trial', 'hdfast/selection.py'),
                                   'hdfast.selection.Trial.__post_init__': ('selection.html#trial.__post_init__', 'hdfast/selection.py'),
                                   'hdfast.selection.Trial.best': ('selection.html#trial.best', 'hdfast/selection.py'),
+                                  'hdfast.selection._check_hierarchy': ('selection.html#_check_hierarchy', 'hdfast/selection.py'),
                                   'hdfast.selection._eigenvalues': ('selection.html#_eigenvalues', 'hdfast/selection.py'),
                                   'hdfast.selection._entropy': ('selection.html#_entropy', 'hdfast/selection.py'),
                                   'hdfast.selection._features': ('selection.html#_features', 'hdfast/selection.py'),

@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from filelock import FileLock
 from joblib import Parallel, delayed
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from .clustering import ClassHierarchy, palette, sub_confusion
 from .confusion import distance_matrix
@@ -39,6 +40,7 @@ def describe(
 ) -> dict:   # twelve named numbers
     "What a cluster looks like, whatever its size (the features of Algorithm 2)."
     if len(cluster) < 2: raise ValueError(f"cluster {tuple(cluster)} has a single class, and needs no expert")
+    if len(C) != len(counts): raise ValueError(f"the confusion matrix is of {len(C)} classes, the data have {len(counts)}")
     members, P = list(cluster), sub_confusion(C, cluster)
     own, pairs = np.asarray(counts)[members], P[~np.eye(len(P), dtype=bool)]
     return {'classes': len(P), 'samples': int(own.sum()), 'imbalance': own.max()/max(own.min(), 1),
@@ -90,6 +92,7 @@ def candidate_jobs(
     seed:int=0,       # of the hierarchical classifier
 ) -> list:            # of (cluster, spec, `Job`)
     "A job for every candidate on every cluster of two classes or more."
+    _check_hierarchy(dls, h)
     found = []
     for q, members in enumerate(h.clusters):
         if len(members) < 2: continue
@@ -97,6 +100,11 @@ def candidate_jobs(
         if not len(view.valid.dataset): raise ValueError(f"cluster {q} ({_some(view.vocab)}) has no held-out image to choose by")
         found += [(q, s, Job(view, s, seed + 1 + q, f'{s.name} for cluster {q} ({_some(view.vocab)})')) for s in candidates]
     return found
+
+def _check_hierarchy(dls, h):
+    "ValueError unless `h` is a hierarchy of one level over the classes of `dls`."
+    if list(map(str, dls.vocab)) != list(h.classes): raise ValueError("the hierarchy is of other classes than the data, or of the same in another order")
+    if any(child is not None for child in h.children): raise ValueError("this hierarchy has clusters within clusters: choose networks for each level by itself")
 
 def _some(names): return ', '.join(map(str, names[:3])) + (' ...' if len(names) > 3 else '')
 
@@ -295,6 +303,7 @@ def predict(self:NetworkSelector,
 ) -> list:            # a `NetworkSpec` for each cluster
     "Choose a network for each cluster by its description, without training any."
     if not self.trials: raise ValueError("this selector hasn't learnt yet: call .fit(dls, h, C), or .load(file)")
+    _check_hierarchy(dls, h)
     counts = class_counts(dls)
     first, choose = next(iter(self.candidates)), lambda q: self.chooser.predict([describe(C, q, counts)])[0]
     return [self.candidates[choose(q) if len(q) > 1 else first] for q in h.clusters]
@@ -487,12 +496,13 @@ def plot_mix(
 ):              # the axes
     "For how many clusters each candidate is chosen."
     names, ways = [network_spec(s).name for s in candidates], list(picks)
-    if ax is None: ax = plt.subplots(figsize=(7, .6 + .3*len(names)), layout='constrained')[1]
+    if ax is None: ax = plt.subplots(figsize=(7, .9 + .3*len(names)), layout='constrained')[1]
     for i, way in enumerate(ways):
         times = [(picks[way] == name).sum() for name in names]
         ax.barh(np.arange(len(names)) + (i - (len(ways)-1)/2)*.8/len(ways), times, height=.8/len(ways), color=palette[i], label=way)
     ax.set(yticks=range(len(names)), yticklabels=names, xlabel='clusters for which the network is chosen')
     ax.invert_yaxis()
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.spines[['top', 'right']].set_visible(False)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc='lower center', bbox_to_anchor=(.5, 1), ncols=len(ways))
     return ax

@@ -390,6 +390,24 @@ def test_a_selector_that_has_not_learnt_says_so(dls, taxonomy):
     with pytest.raises(ValueError, match="hasn't learnt yet"): NetworkSelector(pair).predict(dls, taxonomy, C9)
 
 
+def test_a_hierarchy_of_other_classes_is_refused(fitted, images):
+    dls, h, cache, s = fitted
+    other = hierarchy_from_groups(images.superclasses, images.classes[::-1])
+    with pytest.raises(ValueError, match='other classes'): s.predict(dls, other, C9)
+    with pytest.raises(ValueError, match='other classes'): try_candidates(dls, other, C9, pair, short)
+
+
+def test_clusters_within_clusters_are_refused(fitted, images):
+    dls, h, cache, s = fitted
+    nested = h.refine(0, hierarchy_from_groups([0, 0, 1], images.classes[:3]))
+    with pytest.raises(ValueError, match='clusters within clusters'): s.predict(dls, nested, C9)
+
+
+def test_a_confusion_of_other_classes_is_refused(fitted):
+    dls, h, cache, s = fitted
+    with pytest.raises(ValueError, match='of 10 classes, the data have 9'): s.predict(dls, h, np.full((10, 10), .1))
+
+
 def test_candidates_are_checked():
     with pytest.raises(ValueError, match='needs candidates'): NetworkSelector([])
     with pytest.raises(ValueError, match='no network is called'): NetworkSelector(['CNN_9'])
