@@ -95,6 +95,7 @@ def _evaluating(net):
     finally:
         for m, mode in modes.items(): m.training = mode
 
+# %% ../nbs/35_memory.ipynb #3a51c101
 def _on_meta(tensors, dtype):
     "Meta tensors of the same shapes; floating point ones in `dtype`."
     return {k: torch.empty_like(t, device='meta', dtype=dtype if t.is_floating_point() else None) for k, t in tensors}
@@ -124,6 +125,7 @@ def _owned(net, bias):
         if bias or not 'bias' in short: owned[owner].append(tuple(p.shape))
     return owned
 
+# %% ../nbs/35_memory.ipynb #3a51c102
 def _kernel(shapes):
     "Weights as the paper writes them, window first: 11×11×3×64, or 4096×1000."
     return ', '.join('×'.join(map(str, s[2:] + s[1::-1])) for s in shapes if len(s) > 1)
@@ -211,6 +213,7 @@ class _Parts:
     head_macs:int
     data_mb:float
 
+# %% ../nbs/35_memory.ipynb #3a51c103
 @lru_cache(maxsize=None)
 def _parts(spec, n_classes, size, bias, dtype):
     "The parts of a spec; a network with one output isn't built."
@@ -229,6 +232,7 @@ def _param_mb(router, experts, asked, shared):
     heads = router.head_mb + sum(asked([i])*e.head_mb for i, e in enumerate(experts))
     return heads + router.body_mb + sum(asked(ids)*experts[ids[0]].body_mb for stages, ids in bodies.items() if stages != router.stages)
 
+# %% ../nbs/35_memory.ipynb #3a51c104
 def _macs(router, experts, routing, shared):
     "Expected MACs for one image."
     own_body = [not shared or e.stages != router.stages for e in experts]
@@ -242,6 +246,7 @@ def _routing(routing, n):
         raise ValueError(f"routing must be {n} shares, one for each cluster, none negative and not all zero; got {routing!r}")
     return r/r.sum()
 
+# %% ../nbs/35_memory.ipynb #3a51c105
 def _questions(routing, experts, batch):
     "The four questions: name -> (routing, images, function that says how probably experts are asked)."
     worst = np.eye(len(experts))[np.argmax([e.body_mb + e.head_mb for e in experts])]
@@ -293,6 +298,7 @@ def _cpu_peak(forward):
     changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
     return max(np.cumsum(changes)) if changes else 0
 
+# %% ../nbs/35_memory.ipynb #3a51c106
 def _cuda_peak(forward, device):
     "Most bytes allocated at once on a GPU while `forward` runs, beyond those before."
     torch.cuda.synchronize(device)
