@@ -354,10 +354,8 @@ def leave_one_out(
     chooser,    # `SpecClassifier`, `SpecRegressor` or the like
 ) -> list:      # for each trial the name that the chooser gives after learning from those apart from it
     "What the chooser says about each cluster without having seen it or its relatives."
-    parts = [apart(trials, i) for i in range(len(trials))]
-    for t, part in zip(trials, parts):
-        if not part: raise ValueError(f"nothing is left to learn from without {_some(t.classes)}: all other clusters share a class with it")
-    return [chooser.fit(part, candidates).predict([t.description])[0] for t, part in zip(trials, parts)]
+    said = lambda t, seen: chooser.fit(seen, candidates).predict([t.description])[0] if seen else candidates[0].name
+    return [said(t, apart(trials, i)) for i, t in enumerate(trials)]
 
 # %% ../nbs/60_selection.ipynb #08d1d7f1
 def best_of(trials, candidates) -> list: # a name for each trial
@@ -371,6 +369,7 @@ def choices(
     seed:int=0,   # of the random choice
 ) -> pd.DataFrame: # names of candidates: a row for each trial, a column for each way to choose
     "What every way to choose takes for each cluster."
+    if not trials: raise ValueError("there are no trials to choose for")
     specs, rng = [network_spec(s) for s in candidates], np.random.default_rng(seed)
     names, trials = [s.name for s in specs], [_only(t, [s.name for s in specs]) for t in trials]
     return pd.DataFrame({'oracle': best_of(trials, specs), 'learned': leave_one_out(trials, specs, chooser or chooser_for(specs)),

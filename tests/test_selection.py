@@ -301,8 +301,13 @@ def test_leave_one_out_never_sees_a_relative():
     assert all(not set(t.classes) & s for t, s in zip(trials, seen)) and len(seen) == 15
 
 
-def test_leave_one_out_with_nothing_left_is_an_error():
-    with pytest.raises(ValueError, match='nothing is left to learn from without a, b'): leave_one_out([trial('ab', dict(A=1.)), trial('bc', dict(A=1.))], pair, Nearest())
+def test_with_nothing_left_to_learn_from_the_first_is_taken():
+    picks = choices([trial('ab', dict(MLP_4=.5, MLP_8=.9)), trial('bc', dict(MLP_4=.5, MLP_8=.9))], pair)
+    assert picks.learned.tolist() == picks['most frequent'].tolist() == ['MLP_4']*2
+
+
+def test_no_trials_at_all():
+    with pytest.raises(ValueError, match='no trials'): choices([], pair)
 
 
 def test_choices_and_their_scores_by_hand():
