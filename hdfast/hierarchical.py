@@ -22,6 +22,7 @@ from . import __version__
 from .clustering import ClassHierarchy, cluster_classes, max_size_for
 from .confusion import confusion_matrix
 from .families import Job, bar_over, fit_network, fit_networks
+from .inference import predict_in_batches
 from .learners import ImageDL, Normalization, Recipe, build_network, class_view, cluster_view
 from .learners import input_shape, probabilities, recipe
 from .networks import NetworkSpec, network_spec
@@ -146,19 +147,18 @@ def _raw(data):
 # %% ../nbs/50_hierarchical.ipynb #2dd05160
 @patch
 @torch.no_grad()
-def _run(self:HierarchicalClassifier, net, take, rows, bs=256):
+def _run(self:HierarchicalClassifier, net, take, rows):
     "Probabilities of one network, or of a nested classifier, for some rows of the inputs."
     if net is None: return torch.ones(len(rows), 1)
-    training = isinstance(net, nn.Module) and net.training
+    if isinstance(net, HierarchicalClassifier): return torch.cat([net._ask(take(r)) for r in rows.split(256)])
+    training = net.training
     if training: net.eval()
-    out = torch.cat([_ask(net, take(r)).cpu() for r in rows.split(bs)])
+    out = predict_in_batches(net, take, rows, self.shape, self.device).softmax(1).cpu()
     if training: net.train()
     return out
 
-def _ask(net, x):
-    "Probabilities for a batch of inputs, from a network or a nested classifier."
-    if isinstance(net, HierarchicalClassifier): return net._combine(*net._opinions(len(x), x.__getitem__))
-    return net(x).softmax(1)
+@patch
+def _ask(self:HierarchicalClassifier, x): return self._combine(*self._opinions(len(x), x.__getitem__))
 
 @patch
 def _opinions(self:HierarchicalClassifier, n, take):

@@ -23,6 +23,7 @@ from .clustering import ClassHierarchy, cluster_classes
 from .confusion import confusion_matrix
 from .families import Job, code_version, feature_dataloaders, network_key, save_weights, train
 from .hierarchical import HierarchicalClassifier
+from .inference import predict_in_batches
 from .learners import Normalization, Recipe, input_shape, probabilities
 from .networks import NetworkSpec, n_parameters, network, network_spec, seeded
 
@@ -357,7 +358,7 @@ def _use(self:TrunkClassifier, net, shape, normalize, device):
 @torch.no_grad()
 def _opinions(self:TrunkClassifier, n, take, bs=1024):
     "Cluster probabilities (n, clusters) of all rows, and the function that asks an expert about some."
-    f = torch.cat([self.net.body(take(rows)) for rows in torch.arange(n).split(bs)])
+    f = predict_in_batches(self.net.body, take, torch.arange(n), self.shape, self.device)
     p = torch.cat([self.router(part).exp() for part in f.split(bs)]).cpu()
     @torch.no_grad()
     def ask(i, rows): return torch.cat([self.experts[i](part).softmax(1) for part in f[rows.to(f.device)].split(bs)]).cpu()
