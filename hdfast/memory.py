@@ -108,9 +108,9 @@ def _trace(net, shape, dtype):
     with ExitStack() as stack:
         for context in (_evaluating(net), torch.no_grad(), torch.device('meta')): stack.enter_context(context)
         trace = _Trace(tensors, x)
-        for name, m in net.named_modules():
-            for handle in _watch(m, name, trace): stack.callback(handle.remove)
         try:
+            for name, m in net.named_modules():
+                for handle in _watch(m, name, trace): stack.callback(handle.remove)
             with trace: out = functional_call(net, tensors, (x,))
         except Exception as e: raise ValueError(f"{type(net).__name__} can't be followed with an input of shape {tuple(shape)}: {e}. (Only shapes are known "
                                                 "here, so a network that looks at values, or keeps tensors outside parameters and buffers, can't be followed.)") from e

@@ -129,6 +129,29 @@ def test_known_sizes():
     assert network_memory(model('resnet18'), 1000, 224, bias=True).layers.params.sum() == 11_689_512
 
 
+@pytest.mark.parametrize('name, weights', [('vgg16', 'VGG16_Weights'), ('resnet18', 'ResNet18_Weights'), ('mobilenet_v3_small', 'MobileNet_V3_Small_Weights'),
+                                           ('efficientnet_b0', 'EfficientNet_B0_Weights'), ('convnext_tiny', 'ConvNeXt_Tiny_Weights')])
+def test_what_torchvision_publishes(name, weights):
+    published = getattr(torchvision.models, weights).IMAGENET1K_V1.meta  # _ops are billions of multiply-adds
+    m = network_memory(model(name), 1000, 224, bias=True)
+    assert m.layers.params.sum() == published['num_params']
+    assert m.macs/1e9 == pytest.approx(published['_ops'], abs=2e-3)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(0, 3), st.integers(1, 2))
+def test_macs_of_a_convolution_by_counting(groups, in_each, out_each, kernel, stride, padding, dilation):
+    net = nn.Conv2d(groups*in_each, groups*out_each, kernel, stride, padding, dilation, groups)
+    out = net(torch.zeros(1, groups*in_each, 12, 12))
+    row = network_memory(net, size=(groups*in_each, 12, 12)).layers.iloc[-1]
+    assert row.macs == out.numel()*in_each*kernel**2 and row.data_mb*MB == 4*out.numel()
+    assert row.params == groups*out_each*in_each*kernel**2
+
+
+def test_a_script_cannot_be_followed():
+    with pytest.warns(FutureWarning, match='jit'): net = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    with pytest.raises(ValueError, match="can't be followed.*not supported on ScriptModules"): network_memory(net, size=8)
+
+
 def test_a_live_network_is_left_as_it_was():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(4*36, 2))
     net[2].eval()
