@@ -240,6 +240,11 @@ def _hierarchy(name, table, dataset, family, n_clusters, gammas, runs):
     shared = dict(name=name, table=table, dataset=dataset, family=family, n_clusters=n_clusters, gammas=gammas)
     return Experiment(name, table, 'hierarchy.ipynb', shared, {'cpu': dict(epochs=10, runs=1), 'paper': dict(epochs=40, runs=runs)})
 
+# %% ../nbs/80_experiments.ipynb #3a51c0f1
+def _accounting(name, table):
+    "A page that trains nothing: the same under every profile."
+    return Experiment(name, table, f'{name}.ipynb', dict(name=name), {profile: {} for profile in ('smoke', 'cpu', 'paper')})
+
 # %% ../nbs/80_experiments.ipynb #6feed814
 def _synthetic(family, **profiles):
     "The hierarchy experiment on the synthetic set."
@@ -250,10 +255,6 @@ def _selection(name, table, dataset, family, n_clusters, clusterings=('learned',
     "An experiment on choosing the experts' networks."
     shared = dict(name=name, table=table, dataset=dataset, family=family, n_clusters=n_clusters, clusterings=list(clusterings))
     return Experiment(name, table or 'none: made by code', 'selection.ipynb', shared, profiles)
-
-def _accounting(name, table):
-    "A page that trains nothing: the same under every profile."
-    return Experiment(name, table, f'{name}.ipynb', dict(name=name), {profile: {} for profile in ('smoke', 'cpu', 'paper')})
 
 EXPERIMENTS = {e.name: e for e in [
     _synthetic('mlp', smoke=dict(epochs=20, runs=1)), _synthetic('cnn', cpu=dict(epochs=40, runs=1)),
