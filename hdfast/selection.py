@@ -7,7 +7,7 @@ __all__ = ['CNN_CANDIDATES', 'MLP_CANDIDATES', 'CANDIDATES', 'describe', 'Trial'
            'held_out_accuracy', 'class_counts', 'merge_trials', 'read_pile', 'pile_up', 'trial_table', 'SpecClassifier',
            'layers_neurons', 'SpecRegressor', 'chooser_for', 'NetworkSelector', 'specs_for', 'apart', 'leave_one_out',
            'best_of', 'choices', 'choice_scores', 'verdict', 'choice_rows', 'chosen_specs', 'in_processes', 'in_ray',
-           'plot_mix']
+           'plot_trial', 'plot_selected', 'plot_mix']
 
 # %% ../nbs/60_selection.ipynb #02e94179
 import json, tempfile
@@ -213,11 +213,13 @@ class SpecClassifier:
 
 @patch
 def fit(self:SpecClassifier, trials, candidates):
+    "Learn the best candidate of every trial from its description."
     self.model.fit(_features(t.description for t in trials), [t.best for t in trials])
     return self
 
 @patch
 def predict(self:SpecClassifier, descriptions) -> list: # names of candidates
+    "A candidate for each description."
     return [str(name) for name in self.model.predict(_features(descriptions))]
 
 def _features(descriptions): return np.array([list(d.values()) for d in descriptions], dtype=float)
@@ -235,12 +237,14 @@ class SpecRegressor:
 # %% ../nbs/60_selection.ipynb #0278b45e
 @patch
 def fit(self:SpecRegressor, trials, candidates):
+    "Learn layers and neurons of the best candidate of every trial from its description."
     self.at = {s.name: layers_neurons(s) for s in candidates}
     self.model.fit(_features(t.description for t in trials), [self.at[t.best] for t in trials])
     return self
 
 @patch
 def predict(self:SpecRegressor, descriptions) -> list: # names of candidates
+    "The candidate nearest to the regression's answer, for each description."
     distance = lambda name, p: np.square(np.subtract(self.at[name], p)).sum()
     return [min(self.at, key=lambda name: distance(name, p)) for p in self.model.predict(_features(descriptions))]
 
@@ -486,6 +490,57 @@ def in_ray(
             _report(map(ray.get, todo), len(jobs), progress)
             return fit_networks(jobs, recipe, folder)
     return train
+
+# %% ../nbs/60_selection.ipynb #020bbb08
+def _box(ax, x, y, text, colour='#666666', **kwargs):
+    ax.text(x, y, text, ha='center', va='center', fontsize=9, bbox=dict(boxstyle='round,pad=.4', facecolor='white', edgecolor=colour, lw=1.5), **kwargs)
+
+def _line(ax, *points, colour):
+    "A line between the middles of two boxes, which hide its ends, by way of further points."
+    ax.plot(*zip(*points), color=colour, lw=1.5, zorder=0)
+
+def _canvas(ax, height):
+    "Axes without frame over x from 0 to 10, with `y` counting rows from the top."
+    if ax is None: ax = plt.subplots(figsize=(7, .4 + .38*height), layout='constrained')[1]
+    ax.set(xlim=(0, 10), ylim=(height - .4, -.6))
+    ax.axis('off')
+    return ax
+
+# %% ../nbs/60_selection.ipynb #7e7b4a9b
+def plot_trial(
+    trial,   # a `Trial`
+    ax=None, # matplotlib axes; by default a new figure
+):           # the axes
+    "What the selection manager saw and took for one cluster (Fig. 4)."
+    n, names = len(trial.scores), trial.classes[:5] + (('...',) if len(trial.classes) > 5 else ())
+    ax, middle = _canvas(ax, max(n, 4)), (n - 1)/2
+    _box(ax, 1.2, middle, '\n'.join(names))
+    _box(ax, 9, middle, f'expert\n{trial.best}', palette[0])
+    for y, (name, score) in enumerate(trial.scores.items()):
+        colour = palette[0] if name == trial.best else '#bbbbbb'
+        _line(ax, (1.2, middle), (2.7, y), (5.2, y), colour=colour)
+        _box(ax, 5.2, y, f'{name}: {score:.1%} right, {trial.parameters[name]:,} parameters', colour)
+        if name == trial.best: _line(ax, (5.2, y), (7.7, y), (9, middle), colour=colour)
+    return ax
+
+# %% ../nbs/60_selection.ipynb #56e12511
+def plot_selected(
+    h:ClassHierarchy, # clusters
+    specs,            # names or specs, one for each cluster
+    router,           # network of the hierarchy classifier
+    ax=None,          # matplotlib axes; by default a new figure
+):                    # the axes
+    "A hierarchical classifier whose experts were chosen cluster by cluster (Fig. 5)."
+    names, ax, middle = [network_spec(s).name for s in specs], _canvas(ax, max(h.n_clusters, 2)), (h.n_clusters - 1)/2
+    colour = {name: palette[i % len(palette)] for i, name in enumerate(dict.fromkeys(names))}
+    _box(ax, 1.2, middle, f'hierarchy classifier\n{network_spec(router).name}')
+    for q, (members, name) in enumerate(zip(h.clusters, names)):
+        single, at = len(members) == 1, '#bbbbbb' if len(members) == 1 else colour[name]
+        _line(ax, (1.2, middle), (3.4, q), (5.3, q), colour=at)
+        _box(ax, 5.3, q, _some([h.classes[c] for c in members]))
+        _line(ax, (5.3, q), (9, q), colour=at)
+        _box(ax, 9, q, 'no expert' if single else name, at)
+    return ax
 
 # %% ../nbs/60_selection.ipynb #dd71af65
 def plot_mix(

@@ -23,8 +23,8 @@ from hdfast.hierarchical import HierarchicalClassifier
 from hdfast.learners import recipe
 from hdfast.networks import Conv, NetworkSpec, Stage, mlp_spec, network_spec
 from hdfast.selection import (MLP_CANDIDATES, NetworkSelector, SpecClassifier, SpecRegressor, Trial, apart, choice_rows, choice_scores, choices,
-                              describe, in_processes, in_ray, layers_neurons, leave_one_out, merge_trials, pile_up, plot_mix, read_pile,
-                              specs_for, try_candidates, verdict)
+                              describe, in_processes, in_ray, layers_neurons, leave_one_out, merge_trials, pile_up, plot_mix,
+                              plot_selected, plot_trial, read_pile, specs_for, try_candidates, verdict)
 
 short = recipe('one_cycle', epochs=2)
 C9 = .5*np.eye(9) + .3*np.kron(np.eye(3), np.full((3, 3), 1/3)) + .2/9
@@ -433,6 +433,20 @@ def test_choice_rows_are_those_of_the_classifier(fitted):
 def test_the_picture_counts():
     ax = plot_mix(pd.DataFrame({'oracle': ['MLP_4', 'MLP_8', 'MLP_8'], 'learned': ['MLP_8']*3}), pair)
     assert [[b.get_width() for b in bars] for bars in ax.containers] == [[1, 2], [0, 3]]
+
+
+def _texts(ax): return [t.get_text() for t in ax.texts if t.get_text()]
+
+
+def test_the_picture_of_a_trial_says_what_it_holds():
+    found = _texts(plot_trial(trial('ab', dict(MLP_4=.5, MLP_8=.625), parameters=dict(MLP_4=1000, MLP_8=9))))
+    assert found == ['a\nb', 'expert\nMLP_8', 'MLP_4: 50.0% right, 1,000 parameters', 'MLP_8: 62.5% right, 9 parameters']
+
+
+def test_the_picture_of_the_whole_has_a_box_for_each_cluster_and_expert(images):
+    h = hierarchy_from_groups([0, 0, 0, 0, 1, 1, 1, 1, 2], images.classes)
+    found = _texts(plot_selected(h, ['MLP_4', 'MLP_8', 'MLP_8'], 'MLP_16'))
+    assert found[0].endswith('MLP_16') and len(found) == 7 and found[2::2] == ['MLP_4', 'MLP_8', 'no expert']
 
 
 # kills, processes, Ray
