@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CNN_CANDIDATES', 'MLP_CANDIDATES', 'CANDIDATES', 'describe', 'Trial', 'candidate_jobs', 'try_candidates',
-           'held_out_accuracy', 'class_counts', 'merge_trials', 'read_pile', 'pile_up', 'trial_table', 'SpecClassifier',
-           'layers_neurons', 'SpecRegressor', 'chooser_for', 'NetworkSelector', 'specs_for', 'apart', 'leave_one_out',
-           'best_of', 'choices', 'choice_scores', 'verdict', 'choice_rows', 'chosen_specs', 'in_processes', 'in_ray',
-           'plot_trial', 'plot_selected', 'plot_mix']
+           'held_out_accuracy', 'class_counts', 'make_trial', 'merge_trials', 'read_pile', 'pile_up', 'trial_table',
+           'SpecClassifier', 'layers_neurons', 'SpecRegressor', 'chooser_for', 'NetworkSelector', 'specs_for', 'apart',
+           'leave_one_out', 'best_of', 'choices', 'choice_scores', 'verdict', 'choice_rows', 'chosen_specs',
+           'in_processes', 'in_ray', 'plot_trial', 'plot_selected', 'plot_mix']
 
 # %% ../nbs/60_selection.ipynb #02e94179
 import json, tempfile
@@ -126,7 +126,7 @@ def try_candidates(
     nets = train([j for *_, j in jobs], how, cache, bar_over(len(jobs)) if progress else None)
     found = {}
     for (q, s, j), net in zip(jobs, nets): found.setdefault(q, {})[s.name] = held_out_accuracy(net, j.dls), n_parameters(net)
-    return [_trial(dls, h, q, C, how, seed, results) for q, results in found.items()]
+    return [make_trial(dls, h, q, C, how, seed, results) for q, results in found.items()]
 
 _recipe = recipe
 
@@ -140,8 +140,16 @@ def class_counts(dls) -> np.ndarray: # (K,)
     "Number of training images of each class."
     return np.bincount(as_view(dls.train.dataset).targets.cpu().numpy(), minlength=len(dls.vocab))
 
-def _trial(dls, h, q, C, how, seed, results):
-    "What was found on cluster `q`; `results` holds accuracy and parameters of each candidate."
+def make_trial(
+    dls,              # DataLoaders over the classes of `h`
+    h:ClassHierarchy, # clusters
+    q:int,            # which of them
+    C,                # confusion matrix of the flat network, shape (K, K)
+    how,              # `Recipe` of the candidates
+    seed:int,         # of the hierarchical classifier
+    results:dict,     # candidate -> (accuracy on the held-out slice, number of parameters)
+) -> Trial:
+    "What was found on cluster `q`."
     members, y = list(h.clusters[q]), as_view(dls.valid.dataset).targets.cpu().numpy()
     looks = {k: round(float(v), 6) for k, v in describe(C, members, class_counts(dls)).items()}
     return Trial(getattr(dls.train.dataset, 'source', ''), [h.classes[c] for c in members], asdict(how), seed, int(np.isin(y, members).sum()),

@@ -18,13 +18,13 @@ from hypothesis import given, strategies as st
 import hdfast.selection as selection
 from hdfast.clustering import cluster_classes, hierarchy_from_groups
 from hdfast.datasets import HELD_OUT, TEST, TRAIN, ImageSet
-from hdfast.families import fit_networks
 from hdfast.hierarchical import HierarchicalClassifier
 from hdfast.learners import recipe
 from hdfast.networks import Conv, NetworkSpec, Stage, mlp_spec, network_spec
 from hdfast.selection import (MLP_CANDIDATES, NetworkSelector, SpecClassifier, SpecRegressor, Trial, apart, choice_rows, choice_scores, choices,
-                              describe, in_processes, in_ray, layers_neurons, leave_one_out, merge_trials, pile_up, plot_mix,
+                              describe, in_processes, in_ray, layers_neurons, leave_one_out, make_trial, merge_trials, pile_up, plot_mix,
                               plot_selected, plot_trial, read_pile, specs_for, try_candidates, verdict)
+from hdfast.transfer import Candidate, Inputs, pretrain, transfer_hierarchy
 
 short = recipe('one_cycle', epochs=2)
 C9 = .5*np.eye(9) + .3*np.kron(np.eye(3), np.full((3, 3), 1/3)) + .2/9
@@ -197,6 +197,20 @@ def test_single_classes_are_not_tried_and_overlap_is(dls, images):
     assert [len(t.classes) for t in try_candidates(dls, h, C9, pair[:1], short)] == [len(q) for q in h.clusters if len(q) > 1]
     singles = hierarchy_from_groups([0, 0, 0, 0, 0, 0, 0, 1, 2], images.classes)
     assert len(try_candidates(dls, singles, C9, pair[:1], short)) == 1
+
+
+def test_joint_choice_with_convolutions_trained_elsewhere(images, taxonomy):
+    "MLP, CNN and CNN on a shared, frozen body side by side: what transfer finds makes trials to choose and learn from"
+    how, small = recipe('one_cycle', epochs=1), NetworkSpec('small', [Stage([Conv(3, 4)])], (8,))
+    backbone = pretrain(images, small, how, None, device='cpu')
+    candidates = [Candidate('MLP_4'), Candidate(small), Candidate(small, backbone), Candidate(small, backbone, True)]
+    dls = backbone.prepare(images.dataloaders(device='cpu'))
+    model, _, choice = transfer_hierarchy(Inputs(dls), taxonomy, Candidate('MLP_4'), candidates, how)
+    cost = {str(c): c.cost((3, 16, 16), 3) for c in candidates}
+    trials = [make_trial(dls, taxonomy, q, C9, how, 0, {n: (s, cost[n]) for n, s in row.items()}) for q, row in enumerate(choice.scores.to_dict('records'))]
+    assert [t.scores[t.best] for t in trials] == choice.scores.max(axis=1).tolist()
+    picks = choices(trials, [c.named for c in candidates])
+    assert set(picks.learned) <= set(cost) and len(cost) == 4 and model.predict(images.images[images.test]).shape == (len(images.test),)
 
 
 # the pile
