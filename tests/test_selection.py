@@ -369,7 +369,7 @@ def fitted(images, tmp_path_factory):
 def test_predict_trains_nothing(fitted, monkeypatch):
     dls, h, cache, s = fitted
     def refuse(*args, **kwargs): raise AssertionError('a network was trained')
-    monkeypatch.setattr(selection, 'fit_networks', refuse)
+    monkeypatch.setattr(selection.Job, 'build', refuse)
     before = files(cache)
     assert {spec.name for spec in s.predict(dls, h, C9)} <= {'MLP_4', 'MLP_8'} and files(cache) == before
 
