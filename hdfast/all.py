@@ -12,12 +12,13 @@ from .linkage import *
 from .clustering import *
 from .networks import *
 from .memory import *
+from .inference import *
 from .learners import *
 from .families import *
 from .hierarchical import *
 from .trunk import *
-from .transfer import *
 from .selection import *
+from .transfer import *
 from .plots import *
 
 # %% ../nbs/95_all.ipynb #9c5c42f8
