@@ -141,7 +141,7 @@ def code_version(
     for file in (Path(networks.__file__).with_name(f'{m}.py') for m in modules):
         tree = ast.parse(Path(file).read_text(encoding='utf-8'))
         for node in ast.walk(tree):
-            if ast.get_docstring(node, clean=False) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) else None: node.body[0].value.value = ''
+            if ast.get_docstring(node, clean=False) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) else None: node.body[0].value.value = ''
         key.update(ast.dump(tree).encode())
     return key.hexdigest()[:12]
 
@@ -487,6 +487,6 @@ def feature_dataloaders(
     if not isinstance(view, ImageView): raise ValueError("features are kept for an ImageSet's own DataLoaders only: make them with ImageSet.dataloaders")
     if dls.train.augment: raise ValueError("features can't be augmented: make the DataLoaders without augment")
     values = features(body.to(dls.device), view.images, dls.train.normalize)
-    source = hashlib.sha256(view.source.encode() + b''.join(v.cpu().contiguous().numpy().tobytes() for v in body.state_dict().values())).hexdigest()
+    source = hashlib.sha256(f'{view.source} {dls.train.normalize} {body}'.encode() + b''.join(v.cpu().contiguous().numpy().tobytes() for v in body.state_dict().values())).hexdigest()
     over = lambda v: ImageView(values, v.index, v.targets, list(v.vocab), source)
     return ViewDataLoaders(*[dl.new(over(dl.dataset), normalize=None) for dl in dls.loaders], path=dls.path, device=dls.device)

@@ -15,8 +15,8 @@ _halving = dict(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
 
 def _halves(m, x):
     "Whether `m` is a max-pool that `_halve` does sooner."
-    return isinstance(m, nn.MaxPool2d) and x.device.type == 'cpu' and x.is_contiguous(memory_format=torch.channels_last) \
-        and all(getattr(m, k) == v for k, v in _halving.items())
+    return (isinstance(m, nn.MaxPool2d) and x.numel() > 2**16 and x.device.type == 'cpu'
+            and x.is_contiguous(memory_format=torch.channels_last) and all(getattr(m, k) == v for k, v in _halving.items()))
 
 def _halve(x):
     "Max-pool in windows of 2×2 pixels."

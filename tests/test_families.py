@@ -1,0 +1,369 @@
+"The training engine: whatever it fuses, records or keeps, the networks are those of a Learner, one by one."
+import signal, subprocess, sys
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from fastai.vision.all import ImageDataLoaders
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+import hdfast.families as families
+from hdfast.families import Job, _train_fused, _train_recorded, code_version, feature_dataloaders, features, fit_network, fit_networks, network_key, train
+from hdfast.learners import (Normalization, SkipValidation, ViewDataLoaders, build_network, class_view, cluster_view, crop_flip, input_shape, network_learner,
+                             recipe, training_loader)
+from hdfast.networks import network_spec, seeded
+from hdfast.trunk import flat_network
+
+HOW = {'paper': recipe('paper', epochs=2, bs=32), 'one_cycle': recipe('one_cycle', epochs=3, bs=16)}
+recipes = pytest.mark.parametrize('how', HOW.values(), ids=list(HOW))
+CPU = torch.device('cpu')
+dry_cnn = replace(network_spec('CNN_3'), dropout=0.)
+
+
+def weights(net): return torch.cat([v.detach().flatten().float() for v in net.state_dict().values()])
+
+def same(a, b): return torch.equal(weights(a), weights(b))
+
+def gap(a, b): return (weights(a) - weights(b)).abs().max().item()
+
+def one_by_one(jobs, how): return [train(job.build(), job.dls, how, job.seed, job.name) for job in jobs]
+
+def part(dls, classes, n):
+    "A view of some classes with `n` training samples only"
+    view = class_view(dls, classes)
+    ds = view.train.dataset
+    return ViewDataLoaders(view.train.new(ds.select(ds.index[:n], ds.targets[:n], ds.vocab)), *view.loaders[1:], device=view.device)
+
+
+# ---- the lean loop is a Learner's
+
+def by_learner(dls, spec, how, seed):
+    learn = network_learner(dls, spec, seed=seed, metrics=None, cbs=SkipValidation())
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe(how, seed=seed)
+    return learn.model
+
+def by_loop(dls, spec, how, seed): return train(build_network(spec, len(dls.vocab), input_shape(dls), seed), dls, how, seed)
+
+
+@recipes
+@pytest.mark.parametrize('spec', ['MLP_8', 'CNN_3'])
+@pytest.mark.parametrize('augment', [None, crop_flip], ids=['plain', 'augmented'])
+def test_the_loop_gives_a_learners_network_to_the_bit(images, how, spec, augment):
+    dls = class_view(images.dataloaders(device='cpu', augment=augment), [1, 4, 5])
+    assert same(by_learner(dls, spec, how, 3), by_loop(dls, spec, how, 3))
+
+
+@recipes
+def test_the_loop_gives_a_learners_network_with_weight_decay(dls, how):
+    how = replace(how, wd=.1)
+    assert same(by_learner(dls, 'MLP_8', how, 0), by_loop(dls, 'MLP_8', how, 0))
+
+
+def test_the_loop_gives_a_learners_network_on_a_users_loaders(image_folder):
+    dls = ImageDataLoaders.from_folder(image_folder, valid_pct=.2, seed=0, bs=32, num_workers=0, device='cpu')
+    assert same(by_learner(dls, 'CNN_3', HOW['one_cycle'], 5), by_loop(dls, 'CNN_3', HOW['one_cycle'], 5))
+
+
+def test_training_leaves_the_global_random_state_alone(dls):
+    before = torch.get_rng_state()
+    by_loop(dls, 'CNN_3', HOW['paper'], 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_epochs_are_reported_with_their_last_loss(dls):
+    heard = []
+    net = build_network('MLP_8', 9, (3, 16, 16), 0)
+    train(net, dls, HOW['one_cycle'], on_epoch=lambda epoch, loss: heard.append((epoch, loss)))
+    assert [e for e, _ in heard] == [0, 1, 2] and all(isinstance(loss, float) and loss > 0 for _, loss in heard)
+
+
+# ---- fused perceptrons are those trained one by one
+
+@given(subsets=st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=9, unique=True), min_size=2, max_size=5), bs=st.integers(5, 70),
+       which=st.sampled_from(list(HOW)), wd=st.sampled_from([0., .1]), seed=st.integers(0, 99))
+@settings(max_examples=12)
+def test_fused_perceptrons_are_those_trained_one_by_one(images, subsets, bs, which, wd, seed):
+    dls, how = images.dataloaders(device='cpu'), replace(HOW[which], bs=bs, wd=wd)
+    jobs = [Job(class_view(dls, classes), 'MLP_7_5', seed + i) for i, classes in enumerate(subsets)]
+    assert max(map(gap, _train_fused(jobs, how), one_by_one(jobs, how))) < 1e-6
+
+
+@recipes
+@pytest.mark.parametrize('sizes', [(20, 9, 13), (16, 16), (17, 33), (1, 30), (5, 4)], ids=['unequal', 'exact', 'last of one', 'a single sample', 'one batch'])
+def test_fused_perceptrons_with_all_kinds_of_last_batches(dls, how, sizes):
+    how = replace(how, bs=16)
+    jobs = [Job(part(dls, range(i, i + 4), n), 'MLP_7_5', i) for i, n in enumerate(sizes)]
+    assert [len(job.dls.train.dataset) for job in jobs] == list(sizes)
+    assert max(map(gap, _train_fused(jobs, how), one_by_one(jobs, how))) < 1e-6
+
+
+@recipes
+def test_fused_perceptrons_start_from_given_weights(dls, how):
+    given = build_network('MLP_7_5', 1, (3, 16, 16), 9).state_dict()
+    first = {k: v for k, v in given.items() if k.startswith('head.fc1')}
+    jobs = [Job(class_view(dls, [0, 1]), 'MLP_7_5', weights=first), Job(class_view(dls, [2, 3, 4]), 'MLP_7_5', 1)]
+    fused = _train_fused(jobs, how)
+    assert max(map(gap, fused, one_by_one(jobs, how))) < 1e-6
+    assert gap(fused[0], _train_fused([replace(jobs[0], weights=None), jobs[1]], how)[0]) > 1e-3
+
+
+def test_fused_perceptrons_answer_in_eval_mode(dls):
+    jobs = [Job(class_view(dls, c), 'MLP_7', i) for i, c in enumerate(([0, 1], [2, 3]))]
+    assert not any(net.training for net in _train_fused(jobs, HOW['paper']))
+
+
+# ---- recorded steps, which run on a CPU as well, without the recording
+
+def recorded(jobs, how):
+    nets = [job.build() for job in jobs]
+    _train_recorded(nets, [training_loader(job.dls, how.bs, job.seed) for job in jobs], how, [job.name for job in jobs], CPU)
+    return [net.eval() for net in nets]
+
+
+@recipes
+@pytest.mark.parametrize('spec', ['MLP_7_5', dry_cnn], ids=['MLP', 'CNN'])
+def test_recorded_steps_are_those_of_the_loop(dls, how, spec):
+    how = replace(how, wd=.01)
+    jobs = [Job(class_view(dls, c), spec, i) for i, c in enumerate(([0, 1, 2], [3, 4, 5, 6, 7], [8]))]
+    assert max(map(gap, recorded(jobs, how), one_by_one(jobs, how))) < 1e-6
+
+
+@pytest.mark.parametrize('n', [1, 15, 16, 17, 32])
+def test_recorded_steps_with_all_kinds_of_last_batches(dls, n):
+    how = replace(HOW['one_cycle'], bs=16)
+    job = Job(part(dls, range(4), n), 'MLP_7_5', 1)
+    assert gap(*recorded([job], how), *one_by_one([job], how)) < 1e-6
+
+
+def test_a_recorded_network_alone_has_the_loops_dropout(dls):
+    job = Job(class_view(dls, [1, 2, 3]), 'CNN_3', 4)
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        net, = recorded([job], HOW['paper'])
+    assert gap(net, *one_by_one([job], HOW['paper'])) < 1e-6
+
+
+@recipes
+def test_batch_normalisation_is_trained_as_a_learner_does(dls, how):
+    new = lambda: flat_network(dry_cnn, 3, (3, 16, 16), batch_norm=True, seed=2)
+    view = class_view(dls, [0, 3, 6])
+    learn = network_learner(view, 'MLP_8', metrics=None, cbs=SkipValidation())
+    learn.model = new()
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe(how, seed=2)
+    loop, steps = train(new(), view, how, 2), new().train()
+    _train_recorded([steps], [training_loader(view, how.bs, 2)], how, ['it'], CPU)
+    assert same(learn.model, loop) and gap(steps, loop) < 1e-5
+
+
+# ---- lists of jobs
+
+def test_networks_come_in_the_order_of_their_jobs_however_they_are_trained(dls):
+    specs = ['MLP_7', dry_cnn, 'MLP_7', 'MLP_9', 'MLP_7', dry_cnn, 'MLP_9']
+    jobs = [Job(class_view(dls, [i, i + 1, i + 2][:1 + i % 3]), spec, i) for i, spec in enumerate(specs)]
+    heard = []
+    nets = fit_networks(jobs, HOW['paper'], progress=lambda done, all: heard.append((done, all)))
+    assert max(map(gap, nets, one_by_one(jobs, HOW['paper']))) < 1e-6
+    assert heard == [(i, 7) for i in range(1, 8)]
+
+
+def test_perceptrons_alike_are_fused_and_others_are_not(dls, monkeypatch):
+    fused = []
+    monkeypatch.setattr(families, '_train_fused', lambda jobs, how: fused.append([job.spec for job in jobs]) or _train_fused(jobs, how))
+    fit_networks([Job(class_view(dls, [i, i + 1]), spec, i) for i, spec in enumerate(['MLP_7', 'MLP_9', 'MLP_7', dry_cnn, 'MLP_5'])], HOW['paper'])
+    assert fused == [['MLP_7', 'MLP_7']]
+
+
+def test_no_jobs_give_no_networks(tmp_path): assert fit_networks([], HOW['paper'], tmp_path) == []
+
+
+def test_only_what_the_cache_lacks_is_trained(dls, tmp_path, monkeypatch):
+    jobs = [Job(class_view(dls, [i, i + 1]), 'MLP_7', i) for i in range(5)]
+    first = fit_networks([jobs[3], jobs[1]], HOW['paper'], tmp_path)
+    trained = []
+    monkeypatch.setattr(families, '_train_fused', lambda jobs, how: trained.extend(job.seed for job in jobs) or _train_fused(jobs, how))
+    nets = fit_networks(jobs, HOW['paper'], tmp_path)
+    assert trained == [0, 2, 4] and same(nets[3], first[0]) and same(nets[1], first[1])
+    fit_networks(jobs, HOW['paper'], tmp_path)
+    assert trained == [0, 2, 4]
+
+
+RESUME = """
+import sys
+from hdfast import families
+from hdfast.datasets import synthetic
+from hdfast.learners import class_view, recipe
+dls = synthetic(n_groups=3, classes_per_group=3, n_per_class=20, size=16).dataloaders(device='cpu')
+jobs = [families.Job(class_view(dls, [i, i + 1]), 'CNN_3', i, f'network {i}') for i in range(6)]
+train = families.train
+def told(*args, **kwargs):
+    print('train', args[4], flush=True)
+    return train(*args, **kwargs)
+families.train = told
+for net in families.fit_networks(jobs, recipe('one_cycle', epochs=3), sys.argv[1]): print('sum', sum(p.double().sum().item() for p in net.parameters()))
+"""
+
+def test_a_run_that_was_killed_goes_on_and_trains_nothing_twice(tmp_path):
+    run = lambda folder: subprocess.Popen([sys.executable, '-c', RESUME, str(tmp_path/folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lines = lambda out, what: [line for line in out.splitlines() if line.startswith(what)]
+    with run('killed') as killed:
+        for line in killed.stdout:
+            if line.strip() == 'train network 3': break
+        killed.send_signal(signal.SIGKILL)
+    kept = {f.name: f.read_bytes() for f in (tmp_path/'killed').glob('[!.]*')}
+    assert len(kept) == 3
+    with run('killed') as again: out, err = again.communicate()
+    assert again.returncode == 0, err
+    assert lines(out, 'train') == [f'train network {i}' for i in (3, 4, 5)]
+    assert all((tmp_path/'killed'/name).read_bytes() == content for name, content in kept.items())
+    with run('whole') as whole: undisturbed, _ = whole.communicate()
+    assert lines(out, 'sum') == lines(undisturbed, 'sum') and len(lines(out, 'sum')) == 6
+
+
+# ---- jobs and keys
+
+@pytest.mark.parametrize('weights, message', [({'head.fc9.weight': torch.zeros(1)}, 'expert 7 has no weight head.fc9.weight; it has head.fc1.weight'),
+                                              ({'head.fc1.bias': torch.zeros(4)}, r'head.fc1.bias has shape \(4,\), in expert 7 it is \(8,\)')])
+def test_weights_that_do_not_fit_are_named(dls, weights, message):
+    with pytest.raises(ValueError, match=message): fit_networks([Job(dls, 'MLP_8', 0, 'expert 7', weights)], HOW['paper'])
+
+
+def test_weights_to_start_from_are_part_of_the_key(dls):
+    key = lambda **weights: network_key(Job(dls, 'MLP_8', weights={k.replace('_', '.'): v for k, v in weights.items()}), HOW['paper'])
+    assert len({key(), key(head_bias=torch.zeros(8)), key(head_bias=torch.ones(8)), key(head_out=torch.zeros(8))}) == 4
+
+
+def test_a_job_leaves_the_weights_it_starts_from_as_they_were(dls):
+    first = {'head.fc1.bias': torch.ones(8)}
+    fit_networks([Job(dls, 'MLP_8', weights=first)], HOW['paper'])
+    assert torch.equal(first['head.fc1.bias'], torch.ones(8))
+
+
+@pytest.fixture
+def version_of(tmp_path, monkeypatch):
+    "The version of a module with this code"
+    monkeypatch.setattr(families.networks, '__file__', str(tmp_path/'networks.py'))
+    def version(code):
+        (tmp_path/'m.py').write_text(code)
+        code_version.cache_clear()
+        return code_version('m')
+    yield version
+    code_version.cache_clear()
+
+
+CODE = '"About."\nimport torch\n\ndef f(x):\n    "Twice."\n    return 2*x\n\nclass C:\n    "It."\n    async def g(self):\n        "Go."\n        return "a"\n'
+
+@pytest.mark.parametrize('old, new', [('return 2*x', 'return 2 * x # why'), ('"About."', '"Other."'), ('"Twice."', '"Double."'), ('"It."', '"That."'),
+                                      ('\n\ndef', '\n\n\n# f\ndef'), ('"Go."', '"Went."')])
+def test_prose_does_not_change_the_version_of_the_code(version_of, old, new): assert version_of(CODE.replace(old, new)) == version_of(CODE)
+
+
+@pytest.mark.parametrize('old, new', [('2*x', '3*x'), ('2*x', '2*y'), ('return "a"', 'return "b"'), ('import torch', 'import numpy'), ('f(x)', 'f(x=1)')])
+def test_code_changes_the_version_of_the_code(version_of, old, new): assert version_of(CODE.replace(old, new)) != version_of(CODE)
+
+
+def test_the_version_is_of_the_modules_that_make_networks_batches_and_steps():
+    assert len({code_version(*names) for names in (('networks',), ('learners',), ('families',), ('networks', 'learners', 'families'))}) == 4
+
+
+# ---- a loss that isn't finite
+
+@pytest.fixture
+def spoiled(dls):
+    "Jobs on features, of which those of class 4 aren't finite; the network in the middle sees them"
+    clean = feature_dataloaders(dls, nn.AvgPool2d(4))
+    clean.train.dataset.images[clean.train.dataset.index[clean.train.dataset.targets == 4]] = torch.nan
+    return [Job(class_view(clean, c), 'MLP_7', i, f'expert {i}') for i, c in enumerate(([0, 1, 2], [3, 4], [5, 6]))]
+
+
+ENGINES = {'loop': one_by_one, 'fused': _train_fused, 'recorded': recorded}
+
+@pytest.mark.parametrize('engine', ENGINES.values(), ids=list(ENGINES))
+def test_a_loss_that_is_not_finite_names_network_epoch_and_batch(spoiled, engine):
+    how = recipe('paper', epochs=2, bs=4)
+    order = training_loader(spoiled[1].dls, 4, 1).order()[0]
+    first = next(i for i, b in enumerate(order.split(4)) if (spoiled[1].dls.train.dataset.targets[b] == 1).any())
+    with pytest.raises(FloatingPointError, match=f'the loss of expert 1 became nan in epoch 1, batch {first + 1}:'): engine(spoiled, how)
+
+
+def test_a_network_that_diverges_leaves_those_before_it_in_the_cache(dls, tmp_path):
+    jobs = [Job(class_view(dls, [i, i + 1]), dry_cnn, i, f'expert {i}') for i in range(2)]
+    bad = replace(jobs[1], weights={k: torch.full_like(v, torch.nan) for k, v in jobs[1].build().state_dict().items()})
+    with pytest.raises(FloatingPointError, match='expert 1'): fit_networks([jobs[0], bad], HOW['paper'], tmp_path)
+    assert len(list(tmp_path.glob('[!.]*'))) == 1
+
+
+@pytest.mark.parametrize('engine', [_train_fused, one_by_one], ids=['fused', 'loop'])
+def test_what_the_last_step_left_has_to_predict(dls, engine):
+    jobs = [Job(part(dls, [i, i + 1], 8), 'MLP_8', i, f'expert {i}') for i in range(2)]
+    with pytest.raises(FloatingPointError, match="predictions of expert 0 aren't finite"): engine(jobs, recipe('paper', epochs=1, lr=1e38))
+
+
+# ---- features
+
+class Mean(nn.Module):
+    "The mean of each channel, with something that differs in training"
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(.5)
+    def forward(self, x): return self.drop(x).mean((2, 3), keepdim=True)
+
+
+def test_features_are_what_the_body_makes_of_each_sample_in_eval_mode(dls):
+    body = Mean()
+    made = feature_dataloaders(dls, body)
+    for ours, theirs in zip(made.loaders, dls.loaders):
+        ours, theirs = ours.new(shuffle=False), theirs.new(shuffle=False)
+        for (f, y), (x, z) in zip(ours, theirs, strict=True):
+            assert torch.equal(y, z) and torch.allclose(f, x.mean((2, 3), keepdim=True), atol=1e-6)
+    assert body.training
+
+
+@pytest.mark.parametrize('bs', [1, 7, 1000])
+def test_features_do_not_depend_on_the_batches_they_are_made_in(dls, bs):
+    data = dls.train.dataset
+    assert torch.allclose(features(Mean(), data.images, dls.train.normalize, bs), features(Mean(), data.images, dls.train.normalize), atol=1e-6)
+
+
+def test_bodies_that_differ_give_keys_that_differ(dls):
+    key = lambda body: network_key(Job(feature_dataloaders(dls, body), 'MLP_8'), HOW['paper'])
+    def conv(seed, stride=2):
+        with seeded(seed): return nn.Conv2d(3, 2, 3, stride)
+    assert key(conv(0)) == key(conv(0))
+    bodies = [conv(0), conv(1), conv(0, stride=1), nn.MaxPool2d(2), nn.AvgPool2d(2)]
+    assert len({*map(key, bodies), network_key(Job(dls, 'MLP_8'), HOW['paper'])}) == 6
+
+
+def test_features_of_images_normalised_otherwise_have_another_key(dls):
+    other = ViewDataLoaders(*[dl.new(normalize=Normalization((.5,)*3, (.2,)*3)) for dl in dls.loaders], device='cpu')
+    key = lambda dls: network_key(Job(feature_dataloaders(dls, nn.AvgPool2d(4)), 'MLP_8'), HOW['paper'])
+    assert key(dls) != key(other)
+
+
+def test_views_of_features_are_views(dls, taxonomy):
+    made = feature_dataloaders(dls, nn.AvgPool2d(4))
+    few, many = class_view(made, [5, 1]), cluster_view(made, taxonomy)
+    assert input_shape(few) == (3, 4, 4) and list(few.vocab) == [dls.vocab[5], dls.vocab[1]] and len(many.vocab) == 3
+    assert few.train.dataset.images is made.train.dataset.images
+    assert torch.equal(many.valid.dataset.targets, torch.tensor(taxonomy.home.copy())[dls.valid.dataset.targets])
+
+
+def test_heads_on_different_features_are_not_mixed_up(dls, tmp_path):
+    a, b = feature_dataloaders(dls, nn.AvgPool2d(4)), feature_dataloaders(dls, nn.MaxPool2d(4))
+    jobs = [Job(class_view(made, c), 'MLP_7', i) for i, (made, c) in enumerate([(a, [0, 1]), (b, [0, 1]), (a, [2, 3, 4]), (b, [2, 3, 4])])]
+    nets = fit_networks(jobs, HOW['paper'], tmp_path)
+    assert max(map(gap, nets, one_by_one(jobs, HOW['paper']))) < 1e-6
+    assert all(map(same, fit_networks(jobs, HOW['paper'], tmp_path), nets)) and len(list(tmp_path.glob('[!.]*'))) == 4
+
+
+def test_features_of_features_go_on(dls):
+    twice = feature_dataloaders(feature_dataloaders(dls, nn.AvgPool2d(2)), nn.AvgPool2d(2))
+    once = feature_dataloaders(dls, nn.AvgPool2d(4))
+    assert torch.allclose(twice.train.dataset.images, once.train.dataset.images, atol=1e-6)
+
+
+def test_features_need_an_image_set_without_augmentation(images, image_folder):
+    with pytest.raises(ValueError, match="ImageSet's own DataLoaders"):
+        feature_dataloaders(ImageDataLoaders.from_folder(image_folder, valid_pct=.2, bs=8, num_workers=0, device='cpu'), Mean())
+    with pytest.raises(ValueError, match="can't be augmented"): feature_dataloaders(images.dataloaders(device='cpu', augment=crop_flip), Mean())

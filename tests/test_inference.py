@@ -1,0 +1,86 @@
+"Asking networks in small batches: the same answers, to the bit."
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from hdfast.inference import _halve, _halves, forward, images_at_a_time, predict_in_batches
+from hdfast.learners import build_network
+from hdfast.trunk import flat_network
+
+NETS = {**{name: lambda name=name, size=32: build_network(name, 7, (3, size, size), 0) for name in ('CNN_1', 'CNN_2', 'CNN_3', 'CNN_4', 'CNN_5', 'MLP')},
+        'CNN_TL_5': lambda size=64: build_network('CNN_TL_5', 7, (3, size, size), 0),
+        'batch norm': lambda size=32: flat_network('CNN_2', 7, (3, size, size), batch_norm=True, drop=.1)}
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad(): yield
+
+
+@pytest.mark.parametrize('n', [0, 1, 5, 64])
+@pytest.mark.parametrize('name', [n for n in NETS if n != 'CNN_TL_5'])
+def test_the_answers_are_those_of_the_network_to_the_bit(name, n):
+    net, x = NETS[name]().eval(), torch.randn(n, 3, 32, 32)
+    assert torch.equal(forward(net, x), net(x))
+
+
+def test_local_normalisation_and_overlapping_pools_too():
+    net, x = NETS['CNN_TL_5']().eval(), torch.randn(3, 3, 64, 64)
+    assert torch.equal(forward(net, x), net(x))
+
+
+@given(n=st.integers(1, 4), c=st.integers(1, 9), h=st.integers(2, 9), w=st.integers(2, 9), seed=st.integers(0, 99))
+def test_halving_is_max_pooling(n, c, h, w, seed):
+    x = torch.randn(n, c, h, w, generator=torch.Generator().manual_seed(seed)).to(memory_format=torch.channels_last)
+    assert torch.equal(_halve(x), nn.MaxPool2d(2)(x))
+
+
+def test_halving_keeps_what_is_not_a_number_as_max_pooling_does():
+    x = torch.randn(2, 3, 6, 6).masked_fill_(torch.rand(2, 3, 6, 6) > .9, torch.nan)
+    assert torch.equal(_halve(x).isnan(), nn.MaxPool2d(2)(x).isnan())
+
+
+@pytest.mark.parametrize('pool', [nn.MaxPool2d(3, 2), nn.MaxPool2d(2, 1), nn.MaxPool2d(2, padding=1), nn.MaxPool2d(2, ceil_mode=True), nn.AvgPool2d(2)])
+def test_other_pools_are_left_to_torch(pool):
+    x = torch.randn(8, 32, 17, 17).to(memory_format=torch.channels_last)
+    assert _halves(nn.MaxPool2d(2), x) and not _halves(pool, x)
+    net = nn.Sequential(nn.Conv2d(32, 32, 1), nn.ReLU(), pool).to(memory_format=torch.channels_last)
+    assert torch.equal(forward(net, x), net(x))
+
+
+@pytest.mark.parametrize('net', [nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 1)), nn.Sequential(nn.Flatten(), nn.ReLU()), nn.Sequential(nn.Identity(), nn.ReLU(), nn.MaxPool2d(2)),
+                                 nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.ReLU()])
+def test_inputs_are_never_overwritten(net):
+    x = torch.randn(2, 3, 8, 8)
+    before = x.clone()
+    assert torch.equal(forward(net, x), net(before)) and torch.equal(x, before)
+
+
+class Residual(nn.Sequential):
+    def forward(self, x): return x + super().forward(x)
+
+@pytest.mark.parametrize('net', [Residual(nn.Linear(5, 5), nn.ReLU()), nn.Sequential(Residual(nn.ReLU(), nn.Linear(5, 5)), nn.ReLU())], ids=['alone', 'within'])
+def test_networks_that_are_more_than_a_row_of_layers_are_asked_as_they_are(net):
+    x = torch.randn(4, 5)
+    assert torch.equal(forward(net, x), net(x))
+
+
+@given(rows=st.lists(st.integers(0, 19), max_size=70))
+@settings(max_examples=20)
+def test_answers_come_in_the_order_of_the_rows(rows):
+    net, images, rows = NETS['MLP']().eval(), torch.randn(20, 3, 32, 32), torch.tensor(rows, dtype=torch.long)
+    assert torch.allclose(predict_in_batches(net, images.__getitem__, rows, (3, 32, 32), 'cpu'), net(images)[rows], atol=1e-5)
+
+
+def test_no_more_than_a_batch_of_inputs_is_made_at_a_time():
+    net, asked = NETS['CNN_1']().eval(), []
+    predict_in_batches(net, lambda rows: asked.append(len(rows)) or torch.zeros(len(rows), 3, 32, 32), torch.arange(150), (3, 32, 32), 'cpu')
+    assert asked == [64, 64, 22]
+
+
+def test_batches_are_small_on_a_cpu_and_large_on_a_gpu():
+    net = NETS['CNN_1']()
+    assert images_at_a_time(net, (3, 32, 32), 'cpu') < images_at_a_time(net, (3, 32, 32), 'cuda:1') <= 4096
+    assert images_at_a_time(net, (3, 64, 64), 'cpu') == images_at_a_time(net, (3, 32, 32), 'cpu')//4
+    assert images_at_a_time(net, (3, 4096, 4096), 'cpu') == 16 and images_at_a_time(NETS['MLP'](), (3, 4096, 4096), 'cpu') == 256
