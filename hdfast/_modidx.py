@@ -176,6 +176,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'hdfast.families._FamilyInputs': ('families.html#_familyinputs', 'hdfast/families.py'),
                                  'hdfast.families._FamilyInputs.__init__': ('families.html#_familyinputs.__init__', 'hdfast/families.py'),
                                  'hdfast.families._FamilyInputs.batch': ('families.html#_familyinputs.batch', 'hdfast/families.py'),
+                                 'hdfast.families._FamilyInputs.epoch': ('families.html#_familyinputs.epoch', 'hdfast/families.py'),
                                  'hdfast.families._SGD': ('families.html#_sgd', 'hdfast/families.py'),
                                  'hdfast.families._SGD.__init__': ('families.html#_sgd.__init__', 'hdfast/families.py'),
                                  'hdfast.families._SGD.step': ('families.html#_sgd.step', 'hdfast/families.py'),

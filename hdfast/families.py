@@ -223,12 +223,12 @@ _rules = {'sgd': _SGD, 'adam': _AdamW}
 
 # %% ../nbs/45_families.ipynb #5f0a1d0c
 def _epoch_order(loaders, bs):
-    "Rows of every batch (networks, batches, bs), how many of them are meant (networks, batches); loaders sorted by length."
+    "Rows of every batch (batches, networks, bs), how many of them are meant (batches, networks); loaders sorted by length."
     n = len(loaders[0].dataset)
     rows = torch.zeros(len(loaders), -(-n//bs)*bs, dtype=torch.long)
     for r, dl in zip(rows, loaders): r[:len(dl.dataset)] = dl.order()[0]
-    sizes = torch.tensor([len(dl.dataset) for dl in loaders])[:, None] - bs*torch.arange(rows.shape[1]//bs)
-    return rows.view(len(loaders), -1, bs), sizes.clamp(0, bs)
+    sizes = torch.tensor([len(dl.dataset) for dl in loaders]) - bs*torch.arange(rows.shape[1]//bs)[:, None]
+    return rows.view(len(loaders), -1, bs).transpose(0, 1).contiguous(), sizes.clamp(0, bs)
 
 # %% ../nbs/45_families.ipynb #5f0a1d13
 class _FamilyInputs:
@@ -237,12 +237,16 @@ class _FamilyInputs:
         views, pad = [dl.dataset for dl in loaders], lambda ts: nn.utils.rnn.pad_sequence(ts, batch_first=True).to(device)
         self.images, self.normalize, widths = views[0].images, loaders[0].normalize, torch.tensor([v.c for v in views], device=device)
         self.index, self.targets = pad([v.index for v in views]), pad([v.targets for v in views])
-        self.absent = (torch.arange(widths.max(), device=device) >= widths[:, None])[:, None]
-    def batch(self, rows, sizes):
-        x = self.images.index_select(0, self.index[:len(rows)].gather(1, rows).flatten())
-        x = (self.normalize(x) if self.normalize else x).reshape(*rows.shape, -1)
-        weight = (torch.arange(rows.shape[1], device=rows.device) < sizes[:, None])/sizes[:, None]
-        return x, self.targets[:len(rows)].gather(1, rows), weight
+        self.absent = (torch.arange(widths.max(), device=device) >= widths[:, None])[..., None]
+    def epoch(self, rows, sizes):
+        "Rows of images, targets and weights of all batches, each (batches, networks, bs)."
+        index, targets = (t.expand(len(rows), *t.shape).gather(2, rows) for t in (self.index, self.targets))
+        n = sizes[..., None]
+        return index, targets, (torch.arange(rows.shape[2], device=rows.device) < n)/n.clamp(min=1)
+    def batch(self, index):
+        "Inputs (networks, bs, features) from rows of images."
+        x = self.images.index_select(0, index.flatten())
+        return (self.normalize(x) if self.normalize else x).reshape(*index.shape, -1)
 
 # %% ../nbs/45_families.ipynb #5f0a1d15
 def _plan(recipe, n_batches):
@@ -251,9 +255,9 @@ def _plan(recipe, n_batches):
     return torch.tensor(np.column_stack([plan, np.arange(1, len(plan)+1)]), dtype=torch.float32)
 
 def _family_plan(recipe, loaders, device):
-    "The plans of all networks, (3, networks, epochs, batches), padded with zeros."
+    "The plans of all networks, (epochs, batches, 3, networks), padded with zeros."
     plans = [_plan(recipe, -(-len(dl.dataset)//recipe.bs)).view(recipe.epochs, -1, 3) for dl in loaders]
-    return nn.utils.rnn.pad_sequence([p.transpose(0, 1) for p in plans], batch_first=True).permute(3, 0, 2, 1).contiguous().to(device)
+    return nn.utils.rnn.pad_sequence([p.transpose(0, 1) for p in plans], batch_first=True).permute(2, 1, 3, 0).contiguous().to(device)
 
 # %% ../nbs/45_families.ipynb #5f0a1d0e
 def _linears(net): return [m for m in net.modules() if isinstance(m, nn.Linear)]
@@ -278,15 +282,15 @@ def _unstack(params, nets):
 # %% ../nbs/45_families.ipynb #5f0a1d10
 def _fused_gradients(params, x, y, weight, absent):
     "Loss of each network (m,) and gradients of the stacked `params`, for inputs (m, bs, features) whose samples count `weight`."
-    h = [x]
-    for W, b in zip(params[:-2:2], params[1:-2:2]): h.append(torch.baddbmm(b[:, None], h[-1], W.transpose(1, 2)).relu_())
-    log_p = torch.baddbmm(params[-1][:, None], h[-1], params[-2].transpose(1, 2)).masked_fill_(absent, -torch.inf).log_softmax(-1)
-    loss = -(log_p.gather(2, y[..., None])[..., 0]*weight).sum(1)
-    delta = log_p.exp_().scatter_add_(2, y[..., None], -torch.ones_like(weight)[..., None]).mul_(weight[..., None])
+    h = [x.transpose(1, 2)]
+    for W, b in zip(params[:-2:2], params[1:-2:2]): h.append(torch.bmm(W, h[-1]).add_(b[..., None]).relu_())
+    log_p = torch.bmm(params[-2], h[-1]).add_(params[-1][..., None]).masked_fill_(absent, -torch.inf).log_softmax(1)
+    loss = -(log_p.gather(1, y[:, None])[:, 0]*weight).sum(1)
+    delta = log_p.exp_().scatter_add_(1, y[:, None], -torch.ones_like(weight)[:, None]).mul_(weight[:, None])
     grads = []
     for l in reversed(range(len(h))):
-        grads = [torch.bmm(delta.transpose(1, 2), h[l]), delta.sum(1)] + grads
-        if l: delta = torch.bmm(delta, params[2*l]).mul_(h[l] > 0)
+        grads = [torch.bmm(delta, h[l].transpose(1, 2)), delta.sum(2)] + grads
+        if l: delta = torch.bmm(params[2*l].transpose(1, 2), delta).mul_(h[l] > 0)
     return loss, grads
 
 # %% ../nbs/45_families.ipynb #5f0a1d11
@@ -301,20 +305,21 @@ def _train_fused(jobs, recipe):
     rule, plan = _rules[recipe.optimizer](params, recipe.wd), _family_plan(recipe, loaders, device)
     for epoch in range(recipe.epochs):
         rows, sizes = (t.to(device) for t in _epoch_order(loaders, recipe.bs))
+        index, targets, weight = inputs.epoch(rows, sizes)
         losses = torch.zeros(sizes.shape, device=device)
-        for s, m in enumerate((sizes > 0).sum(0).tolist()):
-            x, y, weight = inputs.batch(rows[:m, s], sizes[:m, s])
-            losses[:m, s], grads = _fused_gradients([p[:m] for p in params], x, y, weight, inputs.absent[:m])
-            rule.step([p[:m] for p in params], grads, [[t[:m] for t in ts] for ts in rule.state], *plan[:, :m, epoch, s])
+        for s, m in enumerate((sizes > 0).sum(1).tolist()):
+            now = [p[:m] for p in params]
+            losses[s, :m], grads = _fused_gradients(now, inputs.batch(index[s, :m]), targets[s, :m], weight[s, :m], inputs.absent[:m])
+            rule.step(now, grads, [[t[:m] for t in ts] for ts in rule.state], *plan[epoch, s, :, :m])
         _check_losses(losses, jobs, epoch)
     _unstack(params, nets)
     for job, net in zip(jobs, nets): _check_predictions(net.eval(), job.dls, job.name)
     return [net for _, net in sorted(zip(longest_first, nets), key=lambda pair: pair[0])]
 
 def _check_losses(losses, jobs, epoch):
-    "Raise a FloatingPointError that names the first network with a loss, of (networks, batches), that isn't finite."
+    "Raise a FloatingPointError that names the first network with a loss, of (batches, networks), that isn't finite."
     bad = (~losses.isfinite()).nonzero()
-    if len(bad): raise _diverged(jobs[bad[0, 0]].name, losses[tuple(bad[0])], epoch, int(bad[0, 1]))
+    if len(bad): raise _diverged(jobs[bad[0, 1]].name, losses[tuple(bad[0])], epoch, int(bad[0, 0]))
 
 # %% ../nbs/45_families.ipynb #5f0a1d1a
 class _Steps:
