@@ -22,6 +22,7 @@ from .datasets import image_set
 from .hierarchical import HierarchicalClassifier
 from .families import fit_network
 from .learners import probabilities
+from .memory import family_memory, network_memory
 from .networks import SPECS, mlp_spec, n_parameters
 
 # %% ../nbs/80_experiments.ipynb #060f8c05
@@ -32,6 +33,13 @@ def _git(*args):
     ask = lambda *a: subprocess.run(['git', '-C', str(repository), *a], capture_output=True, text=True, check=True).stdout.strip()
     try: return ask(*args) if Path(ask('rev-parse', '--show-toplevel')) == repository else None
     except (OSError, subprocess.CalledProcessError): return None
+
+def _commit():
+    "The commit, and whether anything that runs was changed since; both None if nobody knows."
+    changed = _git('status', '--porcelain', '--untracked-files=no', '--', 'hdfast', 'nbs')
+    if changed is not None: return _git('rev-parse', 'HEAD'), bool(changed)
+    told = os.environ.get('HDFAST_COMMIT', '')
+    return (told.removesuffix('-dirty'), told.endswith('-dirty')) if told else (None, None)
 
 # %% ../nbs/80_experiments.ipynb #f5fcbfca
 def use_device(
@@ -68,9 +76,9 @@ def provenance(
     versions = {m.__name__: m.__version__ for m in (hdfast, torch, fastai, np, scipy, sklearn)}
     device = torch.device(device or default_device())
     name = device_name(device) + (f', {torch.get_num_threads()} thread(s)' if device.type == 'cpu' else '')
-    changed = _git('status', '--porcelain', '--untracked-files=no', '--', 'hdfast', 'nbs')
+    sha, dirty = _commit()
     return dict(profile=profile, device=name, arithmetic=_arithmetic(device), versions=versions | {'python': platform.python_version()},
-                git_sha=_git('rev-parse', 'HEAD'), git_dirty=None if changed is None else bool(changed))
+                git_sha=sha, git_dirty=dirty)
 
 # %% ../nbs/80_experiments.ipynb #916debfc
 @dataclass(frozen=True)
@@ -117,12 +125,15 @@ def _timed(f):
 
 # %% ../nbs/80_experiments.ipynb #f032a203
 def _evaluation_rows(model, found, flat, gamma):
-    "Rows of an `Evaluation`, with what they belong to."
+    "Rows of an `Evaluation`, with what they belong to and what they cost."
     h, stored = model.hierarchy, sum(n_parameters(m) for m in (model.router, *model.experts) if m is not None)
     about = dict(gamma=np.nan if gamma is None else gamma, clusters=h.n_clusters, max_size=h.max_size,
                  memberships=sum(map(len, h.clusters))/h.n_classes)
     size = lambda way: n_parameters(flat) if way == 'flat net' else stored
-    return [{'routing': way, **about, 'parameters': size(way), **scores} for way, scores in found.table.iterrows()]
+    shares = found.clusters.images/found.n
+    macs = {'flat net': network_memory(flat, h.n_classes, model.shape).macs,
+            'top-1': family_memory(model, routing=shares).macs['one image', 'separate']}
+    return [{'routing': way, **about, 'parameters': size(way), 'MACs': macs.get(way), **scores} for way, scores in found.table.iterrows()]
 
 # %% ../nbs/80_experiments.ipynb #bc0d47c3
 def runs_of(
@@ -146,7 +157,7 @@ def summarise(
     def line(part, **about):
         m = 100*part[['HC home', 'HC contains', 'FC', 'FC macro']].astype(float)
         stats = {f'{c} {s}': v for c in m for s, v in (('mean', m[c].mean()), ('sd', m[c].std()))}
-        return dict(about, **stats, n=len(part), memberships=part.memberships.mean(), parameters=int(part.parameters.mean()))
+        return dict(about, **stats, n=len(part), memberships=part.memberships.mean(), parameters=int(part.parameters.mean()), MACs=int(part.MACs.mean()))
     flat = rows[rows.routing == 'flat net'].drop_duplicates('run')
     lines = [line(flat.assign(memberships=np.nan), clusters='1', gamma='flat')]
     for gamma, part in rows[rows.routing == 'top-1'].groupby('gamma', dropna=False, sort=False):

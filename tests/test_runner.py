@@ -10,7 +10,7 @@ psutil = pytest.importorskip('psutil')
 
 from hdfast import runner
 from hdfast.experiments import EXPERIMENTS, Experiment
-from hdfast.runner import PageFailure, Runner, Task, check_page, code_version, page_parameters, reproduce, select, tasks_of
+from hdfast.runner import PageFailure, Runner, Task, check_page, page_version, page_parameters, reproduce, select, tasks_of
 
 PARAMETERS = "name = 'page'\nsteps = 3\nruns = 1\nfirst = 0\nnetworks = ''\nprofile = 'smoke'\nout = '.'"
 SAVE = """import json, pathlib
@@ -226,13 +226,13 @@ def test_finished_pages_are_not_run_again(pages, run, tmp_path, lines):
     assert work() == 4
 
 
-def test_code_version_follows_imports(pages):
+def test_page_version_follows_imports(pages):
     e = pages('page', 'from hdfast.linkage import average_linkage')
-    before = code_version(page := runner.pages_folder/e.page)
+    before = page_version(page := runner.pages_folder/e.page)
     write_page(page, 'from hdfast.hierarchical import HierarchicalClassifier')
-    assert code_version(page) != before
+    assert page_version(page) != before
     write_page(page, 'from hdfast.linkage import average_linkage')
-    assert code_version(page) == before
+    assert page_version(page) == before
     assert runner._imported('from hdfast.linkage import a\nfrom .datasets import b\nfrom .. import c\nfrom torch import nn') == {'linkage', 'datasets'}
 
 
