@@ -77,7 +77,7 @@ def test_version(capsys):
 
 
 def test_help_and_version_do_not_wait_for_torch():
-    code = ("import sys; from hdfast.cli import main; main([]); main(['--version']); [main([c, '--help']) for c in ('reproduce', 'decompose', 'predict')]; "
+    code = ("import sys; from hdfast.cli import main; main([]); main(['--version']); [main([c, '--help']) for c in ('reproduce', 'decompose', 'predict', 'bench')]; "
             "assert not {'torch', 'fastai', 'pandas', 'matplotlib'} & {*sys.modules}")
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, '')
@@ -220,6 +220,9 @@ BAD = {
     'no such command': (['decompse'], "no command 'decompse'; there are reproduce, decompose, predict"),
     'an option first': (['--out', 'x'], "no command '--out'"),
     'profile': (['reproduce', '--profile', 'fast'], "no profile 'fast'; there are smoke, cpu, paper"),
+    'benchmark': (['bench', '--only', 'horses'], 'no benchmark horses; there are loader, speed'),
+    'profile of bench': (['bench', '--profile', 'smoke'], 'benchmarks have the profiles cpu and paper'),
+    'bench into a file': (['bench', '--out', '{file}'], 'is a file'),
     'experiment': (['reproduce', '--only', 'table_9'], 'no experiment table_9; it has mlp_synthetic'),
     'jobs': (['reproduce', '--jobs', '0'], '--jobs 0: at least one'),
     'timeout': (['reproduce', '--timeout', '0'], '--timeout 0: it is a number of minutes'),
@@ -378,3 +381,44 @@ def test_list(runs, tmp_path, capsys):
     assert rows[0] == ['name', 'regenerates', 'profiles', 'result'] and [r[0] for r in rows[1:]] == list(experiments.EXPERIMENTS)
     assert ['mlp_caltech101', 'Table', '3', 'cpu,', 'paper', 'there'] in rows and ['mlp_caltech256', 'Table', '5', 'cpu,', 'paper', '-'] in rows
     assert runs.called == []
+
+
+# ---- bench
+
+def ratio(what, ratio, **more): return dict(what=what, side='ours', over='theirs', ratio=ratio, min=ratio/2, max=2*ratio, n=3, aim=None) | more
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    "The runner replaced by one that gives these results; `.tasks` are the names of what it was asked to run, and whether again"
+    class Timed:
+        found, tasks = {}, []
+        def __call__(self, runner_, tasks):
+            self.tasks = self.tasks + [(t.name, t.parameters['profile'], runner_.again, runner_.jobs) for t in tasks]
+            return {t.name: self.found[t.name] for t in tasks}
+    timed = Timed()
+    monkeypatch.setattr(runner.Runner, 'run_all', lambda self, tasks: timed(self, tasks))
+    timed.found = {n: dict(ratios=[ratio(n, 2.)]) for n in experiments.EXPERIMENTS if n.startswith('benchmark_')}
+    return timed
+
+
+def test_bench_runs_every_benchmark_anew_and_gathers_the_ratios(timed, tmp_path, capsys):
+    timed.found['benchmark_speed'] = dict(ratios=[ratio('perceptrons', 21.26, aim=20.), ratio('images', 1234.)])
+    assert main(['bench', '--out', tmp_path/'b']) == 0
+    assert timed.tasks == [(n, 'cpu', True, 1) for n in timed.found]
+    out, table = capsys.readouterr().out, pd.read_csv(tmp_path/'b'/'bench.csv')
+    assert list(table.columns) == ['benchmark', 'what', 'side', 'over', 'ratio', 'min', 'max', 'n', 'aim']
+    assert set(table.benchmark) == {n.removeprefix('benchmark_') for n in timed.found} and len(table) == len(timed.found) + 1
+    row, = (line.split() for line in out.splitlines() if ' perceptrons ' in line)
+    assert row == ['speed', 'perceptrons', 'ours', 'theirs', '21.3', '10.6', '42.5', '3', '20'] and '1,234' in out
+
+
+def test_bench_takes_short_and_long_names_and_a_profile(timed, tmp_path):
+    assert main(['bench', '--only', 'loader', 'benchmark_speed', '--profile', 'paper', '--out', tmp_path]) == 0
+    assert sorted(timed.tasks) == [('benchmark_loader', 'paper', True, 1), ('benchmark_speed', 'paper', True, 1)]
+
+
+def test_a_benchmark_that_fails_leaves_the_others_in_the_table(timed, tmp_path, capsys):
+    timed.found['benchmark_loader'] = RuntimeError('no')
+    assert main(['bench', '--only', 'loader', 'speed', '--out', tmp_path]) == 1
+    assert list(pd.read_csv(tmp_path/'bench.csv').benchmark) == ['speed']
