@@ -306,6 +306,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'hdfast.inference._layers': ('inference.html#_layers', 'hdfast/inference.py'),
                                   'hdfast.inference.forward': ('inference.html#forward', 'hdfast/inference.py'),
                                   'hdfast.inference.images_at_a_time': ('inference.html#images_at_a_time', 'hdfast/inference.py'),
+                                  'hdfast.inference.keep_memory': ('inference.html#keep_memory', 'hdfast/inference.py'),
                                   'hdfast.inference.predict_in_batches': ('inference.html#predict_in_batches', 'hdfast/inference.py')},
             'hdfast.learners': { 'hdfast.learners.DatasetView': ('learners.html#datasetview', 'hdfast/learners.py'),
                                  'hdfast.learners.DatasetView.__getitem__': ('learners.html#datasetview.__getitem__', 'hdfast/learners.py'),

@@ -239,7 +239,9 @@ def decompose(
     device:str=None,      # cpu, cuda or mps (default: the best there is)
 ) -> int: # exit status
     "Turn a folder of images into a router and small experts, compare them with one flat network, and save them."
+    from hdfast.inference import keep_memory
     out, kinds = Path(out), (flat, router, expert)
+    keep_memory()
     how = _plan(recipe, epochs, size, gamma, clusters, seed, kinds)
     _check_out(out, folder)
     print(f'[1/5] Images of {folder}', flush=True)

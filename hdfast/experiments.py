@@ -21,6 +21,7 @@ from .confusion import confusion_matrix
 from .datasets import image_set
 from .hierarchical import HierarchicalClassifier
 from .families import fit_network
+from .inference import keep_memory
 from .learners import probabilities
 from .memory import family_memory, network_memory
 from .networks import SPECS, mlp_spec, n_parameters
@@ -45,9 +46,10 @@ def _commit():
 def use_device(
     name:str,  # 'cpu', 'cuda', 'cuda:1' or 'mps'
 ):
-    "Make `name` fastai's default device, with TF32 on a GPU."
+    "Make `name` fastai's default device, with TF32 on a GPU, and with memory that is kept on a CPU."
     device = torch.device(name)
     default_device(device.type != 'cpu')
+    if device.type == 'cpu': keep_memory()
     if device.type != 'cuda': return
     if device.index is not None: torch.cuda.set_device(device)
     torch.set_float32_matmul_precision('high')

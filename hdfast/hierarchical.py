@@ -140,9 +140,9 @@ def _inputs(self:HierarchicalClassifier, data):
 def _raw(data):
     "Images, the rows of them that are meant, and targets or None, from an `ImageDL`, any other loader, or an array."
     if isinstance(data, ImageDL): return data.dataset.images, data.dataset.index, data.dataset.targets.cpu()
-    if not hasattr(data, 'dataset'): return (images := torch.as_tensor(data)), torch.arange(len(images)), None
+    if not hasattr(data, 'dataset'): return (images := torch.as_tensor(data)), torch.arange(len(images), device=images.device), None
     x, *y = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(*data))
-    return x, torch.arange(len(x)), y[0].cpu() if y else None
+    return x, torch.arange(len(x), device=x.device), y[0].cpu() if y else None
 
 # %% ../nbs/50_hierarchical.ipynb #2dd05160
 @patch

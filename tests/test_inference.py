@@ -1,10 +1,12 @@
 "Asking networks in small batches: the same answers, to the bit."
+import ctypes, subprocess, sys
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from hdfast.inference import _halve, _halves, forward, images_at_a_time, predict_in_batches
+from hdfast.inference import _halve, _halves, forward, images_at_a_time, keep_memory, predict_in_batches
 from hdfast.learners import build_network
 from hdfast.trunk import flat_network
 
@@ -84,3 +86,26 @@ def test_batches_are_small_on_a_cpu_and_large_on_a_gpu():
     assert images_at_a_time(net, (3, 32, 32), 'cpu') < images_at_a_time(net, (3, 32, 32), 'cuda:1') <= 4096
     assert images_at_a_time(net, (3, 64, 64), 'cpu') == images_at_a_time(net, (3, 32, 32), 'cpu')//4
     assert images_at_a_time(net, (3, 4096, 4096), 'cpu') == 16 and images_at_a_time(NETS['MLP'](), (3, 4096, 4096), 'cpu') == 256
+
+
+PAGES = """
+import resource, sys, torch
+from hdfast.inference import keep_memory
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+if sys.argv[1] == 'keep' and not keep_memory(): print(-1), sys.exit()
+def turn(): torch.ones(2**25)   # 128 MB
+for _ in range(3): turn()
+before = faults()
+turn()
+print(faults() - before)
+"""
+
+def test_memory_that_is_kept_is_not_asked_for_again():
+    def pages(how): return int(subprocess.run([sys.executable, '-W', 'ignore', '-c', PAGES, how], capture_output=True, text=True, check=True).stdout)
+    if (kept := pages('keep')) < 0: pytest.skip("this system's allocator is not glibc's")
+    assert kept < 100 and pages('as it is') > 1000
+
+
+def test_other_allocators_are_left_alone(monkeypatch):
+    monkeypatch.setattr(ctypes, 'CDLL', lambda name: object())
+    assert keep_memory() is False
