@@ -289,5 +289,5 @@ EXPERIMENTS = {e.name: e for e in [
     _accounting('memory', 'Tables 12 to 16'), _accounting('audit', 'all tables, checked'),
     Experiment('benchmark_loader', 'speed of loading', 'benchmark.ipynb', dict(name='benchmark_loader', n_images=5000),
                {'cpu': dict(repeats=3), 'paper': dict(repeats=5)}, alone=True),
-    Experiment('benchmark_speed', 'speed of training and asking', 'benchmark_speed.ipynb', dict(name='benchmark_speed', epochs=10, cnn_images=100, n_images=[50, 1024]),
+    Experiment('benchmark_speed', 'speed of training and asking', 'benchmark_speed.ipynb', dict(name='benchmark_speed', epochs=20, cnn_images=100, n_images=[50, 1024]),
                {'cpu': dict(repeats=3), 'paper': dict(repeats=7, cnn_epochs=3)}, alone=True)]}
