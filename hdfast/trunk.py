@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TrunkSpec', 'trunk_spec', 'with_batch_norm', 'with_dropout', 'changed_body', 'flat_network', 'FusedLinear',
            'features_shape', 'FusedHeads', 'ClassLikelihood', 'HierarchyHeads', 'hierarchy_heads', 'trunk_body',
-           'SharedTrunk', 'shared_trunk', 'TrunkClassifier', 'multiplications', 're_estimate']
+           'SharedTrunk', 'shared_trunk', 'add_to_loss', 'Distilled', 'Balanced', 'class_counts', 'TrunkClassifier',
+           'multiplications', 're_estimate']
 
 # %% ../nbs/55_trunk.ipynb #49f44519
 import hashlib, json
@@ -23,8 +24,7 @@ from .clustering import ClassHierarchy, cluster_classes
 from .confusion import confusion_matrix
 from .families import Job, code_version, feature_dataloaders, network_key, save_weights, train
 from .hierarchical import HierarchicalClassifier
-from .inference import predict_in_batches
-from .learners import Normalization, Recipe, input_shape, probabilities
+from .learners import Normalization, Recipe, as_view, input_shape, probabilities
 from .networks import NetworkSpec, n_parameters, network, network_spec, seeded
 
 # %% ../nbs/55_trunk.ipynb #0f3761fb
@@ -286,6 +286,61 @@ def shared_trunk(
         body = trunk_body(spec, shape)
         return SharedTrunk(body, hierarchy_heads(h, spec, features_shape(body, shape))).to(memory_format=torch.channels_last)
 
+# %% ../nbs/55_trunk.ipynb #54570be9
+class _Extra(torch.autograd.Function):
+    "The scores themselves; on the way back, a gradient of one for `extra`."
+    @staticmethod
+    def forward(ctx, scores, extra): return scores.view_as(scores)
+    @staticmethod
+    def backward(ctx, grad): return grad, torch.ones((), dtype=grad.dtype, device=grad.device)
+
+def add_to_loss(
+    scores, # what a network gives
+    extra,  # a scalar
+):          # the scores
+    "Add `extra` to whatever loss the scores end up in."
+    return _Extra.apply(scores, extra)
+
+# %% ../nbs/55_trunk.ipynb #87429986
+class Distilled(nn.Module):
+    "A network in training that listens to teachers; afterwards it's gone and `student` remains."
+    def __init__(self,
+        student:nn.Module, # to be trained
+        teachers,          # trained networks, on the same device
+        share:float=.5,    # alpha
+        temperature:float=2. # tau
+    ):
+        super().__init__()
+        self.student, self._teachers, self.share, self.temperature = student, [t.eval() for t in teachers], share, temperature
+    @torch.no_grad()
+    def beliefs(self, x):
+        "Mean of the teachers' softened probabilities."
+        return sum((t(x)/self.temperature).softmax(1) for t in self._teachers)/len(self._teachers)
+    def forward(self, x):
+        scores = self.student(x)
+        if not self.training: return scores
+        soft = (scores/self.temperature).log_softmax(1)
+        extra = self.share*self.temperature**2*F.kl_div(soft, self.beliefs(x), reduction='batchmean')
+        return add_to_loss(_Paced.apply(scores, 1 - self.share), extra)
+
+# %% ../nbs/55_trunk.ipynb #a376a2b6
+class Balanced(nn.Module):
+    "A network in training that is told how frequent each class is, so that it needn't learn it."
+    def __init__(self,
+        net:nn.Module, # to be trained
+        counts,        # training images of each class, (K,)
+    ):
+        super().__init__()
+        self.net = net
+        self.register_buffer('log_shares', (torch.as_tensor(counts)/sum(counts)).log())
+    def forward(self, x): return self.net(x) + self.log_shares if self.training else self.net(x)
+
+def class_counts(
+    dls, # DataLoaders (a view)
+) -> list: # (K,)
+    "Number of training images of each class."
+    return torch.bincount(as_view(dls.train.dataset).targets.cpu(), minlength=len(dls.vocab)).tolist()
+
 # %% ../nbs/55_trunk.ipynb #1867e1ae
 class TrunkClassifier(HierarchicalClassifier):
     "A hierarchy classifier and experts that are heads on one trunk."
@@ -311,16 +366,18 @@ def fit(self:TrunkClassifier,
     progress:bool=True, # not used: there is one network to train
     start=None,         # network whose `body` the trunk starts from
     frozen:bool=False,  # leave the trunk as it is, and train the heads alone?
+    teachers=(),        # trained networks to learn from too
+    balanced:bool=False,# learn as if all classes were equally frequent?
 ) -> TrunkClassifier:
     "Train trunk and heads by the negative log-likelihood of eq. (2)."
     shape = input_shape(dls)
     net = self._new_net(shape)
     if start is not None: net.body.load_state_dict(start.body.state_dict() if isinstance(start, SharedTrunk) else _prefixed(start.body))
     net.to(dls.device)
-    file = cache and Path(cache)/f'trunk_{self._key(dls, net if start is not None else None, frozen)}.safetensors'
+    file = cache and Path(cache)/f'trunk_{self._key(dls, ([net] if start is not None else []) + list(teachers), [frozen, balanced])}.safetensors'
     if file and file.exists(): net.load_state_dict(load_file(file, device=str(dls.device)))
     else:
-        self._train(net, dls, frozen)
+        self._train(net, dls, frozen, teachers, balanced)
         if file: save_weights(net, file)
     return self._use(net, shape, getattr(dls.train, 'normalize', None), dls.device)
 
@@ -329,20 +386,20 @@ def fit(self:TrunkClassifier,
 def _new_net(self:TrunkClassifier, shape): return shared_trunk(self.hierarchy, self.spec, shape, self.seed)
 
 @patch
-def _train(self:TrunkClassifier, net, dls, frozen):
-    name = 'the shared trunk'
-    if not frozen: return train(net, dls, self.recipe, self.seed, name)
-    train(net.heads, feature_dataloaders(dls, net.body.eval()), self.recipe, self.seed, 'the heads on a frozen trunk')
+def _train(self:TrunkClassifier, net, dls, frozen, teachers, balanced):
+    if frozen: return train(net.heads, feature_dataloaders(dls, net.body.eval()), self.recipe, self.seed, 'the heads on a frozen trunk')
+    form = Balanced(net, class_counts(dls)) if balanced else net
+    train(Distilled(form, teachers) if teachers else form, dls, self.recipe, self.seed, 'the shared trunk')
 
 def _prefixed(body): return {f'body.{k}': v for k, v in body.state_dict().items()}
 
 @patch
-def _key(self:TrunkClassifier, dls, start, frozen):
-    "A name for what this training gives: a hash of data, hierarchy, spec, recipe, seed and the weights it starts from."
+def _key(self:TrunkClassifier, dls, nets, how):
+    "A name for what this training gives: a hash of data, hierarchy, spec, recipe, seed and the weights of other networks."
     settings = [self._format, code_version('trunk'), network_key(Job(dls, self.spec.trunk, self.seed), self.recipe), self.spec.to_dict(),
-                self.hierarchy.to_json(), frozen]
+                self.hierarchy.to_json(), how]
     key = hashlib.sha256(json.dumps(settings).encode())
-    for v in (start.state_dict().values() if start else ()): key.update(v.cpu().numpy().tobytes())
+    for v in (v for net in nets for v in net.state_dict().values()): key.update(v.cpu().contiguous().numpy().tobytes())
     return key.hexdigest()[:20]
 
 # %% ../nbs/55_trunk.ipynb #f374903a
@@ -358,7 +415,7 @@ def _use(self:TrunkClassifier, net, shape, normalize, device):
 @torch.no_grad()
 def _opinions(self:TrunkClassifier, n, take, bs=1024):
     "Cluster probabilities (n, clusters) of all rows, and the function that asks an expert about some."
-    f = predict_in_batches(self.net.body, take, torch.arange(n), self.shape, self.device)
+    f = torch.cat([self.net.body(take(rows)) for rows in torch.arange(n).split(bs)])
     p = torch.cat([self.router(part).exp() for part in f.split(bs)]).cpu()
     @torch.no_grad()
     def ask(i, rows): return torch.cat([self.experts[i](part).softmax(1) for part in f[rows.to(f.device)].split(bs)]).cpu()
