@@ -17,6 +17,7 @@ from .learners import *
 from .families import *
 from .hierarchical import *
 from .trunk import *
+from .hdcnn import *
 from .selection import *
 from .transfer import *
 from .plots import *

@@ -291,3 +291,24 @@ EXPERIMENTS = {e.name: e for e in [
                {'cpu': dict(repeats=3), 'paper': dict(repeats=5)}, alone=True),
     Experiment('benchmark_speed', 'speed of training and asking', 'benchmark_speed.ipynb', dict(name='benchmark_speed', epochs=20, cnn_images=100, n_images=[50, 1024]),
                {'cpu': dict(repeats=3), 'paper': dict(repeats=7, cnn_epochs=3)}, alone=True)]}
+
+# %% ../nbs/80_experiments.ipynb #c8651414
+_few = ['shared trunk', 'pace n', 'wide trunk, batch norm, drop', 'wide trunk, batch norm, drop, one cluster', 'HD-CNN']
+_cnns = [f'CNN_{i}' for i in range(1, 6)]
+
+def _trunk(dataset, how, name=None, **profiles):
+    "The shared-trunk experiment."
+    name = name or f'trunk_{dataset}_{how}'
+    shared = dict(name=name, dataset=dataset, how=how)
+    return Experiment(name, 'none: beyond the paper', 'trunk.ipynb', shared, profiles, alone=True)
+
+def _trunks(dataset, how):
+    "The shared-trunk experiment on real images."
+    return _trunk(dataset, how, cpu=dict(epochs=8, runs=1, flats=_cnns[:2], variants=_few, max_size=5),
+                  paper=dict(epochs=0, runs=3, flats=_cnns, variants=[], max_size=5))
+
+EXPERIMENTS |= {e.name: e for e in [
+    _trunk('synthetic', 'one_cycle', 'trunk_synthetic', smoke=dict(epochs=3, runs=1, flats=_cnns[:2], variants=_few[:1], max_size=4)),
+    *(_trunks(dataset, how) for dataset in ('cifar100', 'caltech101') for how in ('paper', 'one_cycle')),
+    *(_trunk(dataset, how, f'trunk_trial_{dataset}_{how}', paper=dict(epochs=0, runs=1, flats=_cnns, variants=[], max_size=5))
+      for dataset in ('cifar100', 'caltech101') for how in ('paper', 'one_cycle'))]}

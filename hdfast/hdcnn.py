@@ -13,7 +13,7 @@ from torch import nn
 from .clustering import ClassHierarchy
 from .families import feature_dataloaders, train
 from .networks import seeded
-from .trunk import FusedHeads, HierarchyHeads, SharedTrunk, TrunkClassifier, add_to_loss, class_counts, features_shape, trunk_body
+from .trunk import FusedHeads, HierarchyHeads, SharedTrunk, TrunkClassifier, add_to_loss, training_counts, features_shape, trunk_body
 
 # %% ../nbs/56_hdcnn.ipynb #05f83833
 class CoarseComponent(nn.Module):
@@ -98,7 +98,7 @@ def fit(self:HDCNN,
     progress:bool=True, # not used
 ) -> HDCNN:
     "Train in three steps: building block, fine components, everything."
-    self.counts = class_counts(dls)
+    self.counts = training_counts(dls)
     return TrunkClassifier.fit(self, dls, cache, progress)
 
 @patch

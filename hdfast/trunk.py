@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrunkSpec', 'trunk_spec', 'with_batch_norm', 'with_dropout', 'changed_body', 'flat_network', 'FusedLinear',
            'features_shape', 'FusedHeads', 'ClassLikelihood', 'HierarchyHeads', 'hierarchy_heads', 'trunk_body',
-           'SharedTrunk', 'shared_trunk', 'add_to_loss', 'Distilled', 'Balanced', 'class_counts', 'TrunkClassifier',
+           'SharedTrunk', 'shared_trunk', 'add_to_loss', 'Distilled', 'Balanced', 'training_counts', 'TrunkClassifier',
            'multiplications', 're_estimate']
 
 # %% ../nbs/55_trunk.ipynb #49f44519
@@ -24,6 +24,7 @@ from .clustering import ClassHierarchy, cluster_classes
 from .confusion import confusion_matrix
 from .families import Job, code_version, feature_dataloaders, network_key, save_weights, train
 from .hierarchical import HierarchicalClassifier
+from .inference import predict_in_batches
 from .learners import Normalization, Recipe, as_view, input_shape, probabilities
 from .networks import NetworkSpec, n_parameters, network, network_spec, seeded
 
@@ -335,7 +336,7 @@ class Balanced(nn.Module):
         self.register_buffer('log_shares', (torch.as_tensor(counts)/sum(counts)).log())
     def forward(self, x): return self.net(x) + self.log_shares if self.training else self.net(x)
 
-def class_counts(
+def training_counts(
     dls, # DataLoaders (a view)
 ) -> list: # (K,)
     "Number of training images of each class."
@@ -388,7 +389,7 @@ def _new_net(self:TrunkClassifier, shape): return shared_trunk(self.hierarchy, s
 @patch
 def _train(self:TrunkClassifier, net, dls, frozen, teachers, balanced):
     if frozen: return train(net.heads, feature_dataloaders(dls, net.body.eval()), self.recipe, self.seed, 'the heads on a frozen trunk')
-    form = Balanced(net, class_counts(dls)) if balanced else net
+    form = Balanced(net, training_counts(dls)) if balanced else net
     train(Distilled(form, teachers) if teachers else form, dls, self.recipe, self.seed, 'the shared trunk')
 
 def _prefixed(body): return {f'body.{k}': v for k, v in body.state_dict().items()}
@@ -415,7 +416,7 @@ def _use(self:TrunkClassifier, net, shape, normalize, device):
 @torch.no_grad()
 def _opinions(self:TrunkClassifier, n, take, bs=1024):
     "Cluster probabilities (n, clusters) of all rows, and the function that asks an expert about some."
-    f = torch.cat([self.net.body(take(rows)) for rows in torch.arange(n).split(bs)])
+    f = predict_in_batches(self.net.body, take, torch.arange(n), self.shape, self.device)
     p = torch.cat([self.router(part).exp() for part in f.split(bs)]).cpu()
     @torch.no_grad()
     def ask(i, rows): return torch.cat([self.experts[i](part).softmax(1) for part in f[rows.to(f.device)].split(bs)]).cpu()

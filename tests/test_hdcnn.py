@@ -1,0 +1,100 @@
+"HD-CNN: the average, the coarse sums, the consistency term and the copies, against plain sums."
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hdfast.clustering import ClassHierarchy
+from hdfast.hdcnn import HDCNN, BuildingBlock, CoarseComponent, FineAlone, HDCNNHeads, copy_into
+from hdfast.learners import recipe
+from hdfast.networks import Conv, NetworkSpec, Stage
+from hdfast.trunk import Balanced, Distilled, FusedHeads, add_to_loss, trunk_spec
+
+little = NetworkSpec('little', [Stage([Conv(3, 8)]), Stage([Conv(3, 8)])])
+spec = trunk_spec(little, shared=(), router=(8,), expert=(8,), private=1, dropout=0)
+how = recipe('one_cycle', epochs=2, bs=32)
+
+
+@pytest.fixture
+def h(taxonomy): # nine classes in three clusters that overlap
+    return ClassHierarchy(taxonomy.classes, [(0, 1, 2), (0, 3, 4, 5), (0, 4, 6, 7, 8)], taxonomy.home, taxonomy.linkage, 5, gamma=3)
+
+
+def heads_for(h, counts=None):
+    coarse = CoarseComponent(h, FusedHeads(NetworkSpec('head'), (5,), [h.n_classes]))
+    return HDCNNHeads(h, coarse, FusedHeads(NetworkSpec('head'), (5,), list(map(len, h.clusters))), counts)
+
+
+def test_average_is_the_plain_double_sum(h):
+    torch.manual_seed(0)
+    heads, f = heads_for(h).eval(), torch.randn(4, 5)
+    fine_probs, coarse_probs = heads.experts(f).softmax(2), heads.router.network(f)[0].softmax(1)
+    for i in range(4):
+        sums = [sum(coarse_probs[i, j] for j in members) for members in h.clusters]
+        wanted = [sum(sums[k]*fine_probs[k, i, members.index(y)] for k, members in enumerate(h.clusters) if y in members)/sum(sums) for y in range(9)]
+        assert torch.allclose(heads(f)[i].exp(), torch.stack(wanted), atol=1e-6)
+
+
+def test_consistency_term_is_added_in_training_only(h):
+    torch.manual_seed(0)
+    heads, f, y = heads_for(h, counts=[5, 1, 1, 1, 1, 1, 1, 1, 1]), torch.randn(6, 5), torch.arange(6)
+    t = torch.tensor([7., 8., 9.])/24 # counts of the classes of each cluster
+    B = heads.log_p(f).exp().mean(0)
+    plain = F.cross_entropy(heads.eval()(f), y) + 10*(t - B).square().sum()
+    wanted = torch.autograd.grad(plain, list(heads.parameters()))
+    for g, w in zip(torch.autograd.grad(F.cross_entropy(heads.train()(f), y), list(heads.parameters())), wanted): assert torch.allclose(g, w, atol=1e-6)
+
+
+@pytest.mark.parametrize('batch_norm', [False, True])
+def test_copies_say_what_the_coarse_network_says(batch_norm):
+    torch.manual_seed(0)
+    head, clusters = NetworkSpec('head', (Stage([Conv(3, 4), Conv(3, 6)]),), fc=(7,), dropout=.5), [(0, 2), (1, 2, 3)]
+    coarse, fine = FusedHeads(head, (5, 8, 8), [4], batch_norm), FusedHeads(head, (5, 8, 8), [2, 3], batch_norm)
+    coarse(torch.randn(16, 5, 8, 8))
+    copy_into(fine, coarse, clusters)
+    x = torch.randn(3, 5, 8, 8)
+    for q, members in enumerate(clusters):
+        assert torch.allclose(fine.eval()(x)[q, :, :len(members)], coarse.eval()(x)[0][:, list(members)], atol=1e-5)
+
+
+def test_fine_components_learn_alone_from_their_own_images(taxonomy):
+    heads, f = heads_for(taxonomy), torch.randn(2, 5)
+    F.cross_entropy(FineAlone(heads)(f), torch.tensor([0, 1])).backward() # both of the first cluster
+    assert heads.experts.out.weight.grad[0].abs().sum() > 0 and heads.experts.out.weight.grad[1:].abs().max() < 1e-6
+    assert heads.router.network.out.weight.grad is None
+
+
+def test_trains_predicts_saves_and_loads(dls, h, images, tmp_path):
+    model = HDCNN(h, spec, how).fit(dls)
+    probs = model.predict_proba(images.images, k=3)
+    assert np.allclose(probs.sum(1), 1, atol=1e-5)
+    again = HDCNN.load(model.save(tmp_path/'m'))
+    assert (again.predict_proba(images.images, k=3) == probs).all()
+    assert BuildingBlock(model.net)(torch.zeros(2, 3, 16, 16)).shape == (2, 9)
+
+
+def test_add_to_loss_hands_on_the_scores_and_adds_the_gradient():
+    a = torch.randn(4, 3, requires_grad=True)
+    y, extra = torch.tensor([0, 1, 2, 0]), lambda: a.square().sum()
+    assert torch.equal(add_to_loss(a, extra()), a)
+    g, = torch.autograd.grad(F.cross_entropy(add_to_loss(a, extra()), y), a)
+    wanted, = torch.autograd.grad(F.cross_entropy(a, y) + extra(), a)
+    assert torch.allclose(g, wanted)
+
+
+def test_distillation_is_the_mixed_loss_and_leaves_the_teacher_alone():
+    student, teacher, x, y = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    net = Distilled(student, [teacher], share=.3, temperature=2.)
+    assert len(list(net.parameters())) == 2 and torch.equal(net.eval()(x), student(x))
+    g = torch.autograd.grad(F.cross_entropy(net.train()(x), y), list(student.parameters()))
+    s, t = student(x), teacher(x).detach()
+    kl = F.kl_div((s/2).log_softmax(1), (t/2).softmax(1), reduction='batchmean')
+    wanted = torch.autograd.grad(.7*F.cross_entropy(s, y) + .3*4*kl, list(student.parameters()))
+    for a, b in zip(g, wanted): assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_balance_adds_the_log_of_the_shares_in_training_only():
+    net, x = torch.nn.Linear(4, 2), torch.randn(3, 4)
+    balanced = Balanced(net, [30, 10])
+    assert torch.allclose(balanced.train()(x) - net(x), torch.tensor([.75, .25]).log().expand(3, 2), atol=1e-6)
+    assert torch.equal(balanced.eval()(x), net(x))
