@@ -286,6 +286,7 @@ EXPERIMENTS = {e.name: e for e in [
     _selection('selection_joint_cifar100', 'Table 10', 'cifar100', 'joint', 30, cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=3)),
     _selection('selection_joint_caltech101', 'Table 10', 'caltech101', 'joint', 48, cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=6)),
     _selection('selection_joint_caltech256', 'Table 10', 'caltech256', 'joint', 104, paper=dict(epochs=40, runs=6)),
+    _accounting('diagrams', 'Figs. 1 to 3'), _accounting('architectures', 'Tables 1 and 2'),
     _accounting('memory', 'Tables 12 to 16'), _accounting('audit', 'all tables, checked'),
     Experiment('benchmark_loader', 'speed of loading', 'benchmark.ipynb', dict(name='benchmark_loader', n_images=5000),
                {'cpu': dict(repeats=3), 'paper': dict(repeats=5)}, alone=True),

@@ -22,6 +22,7 @@ from fastprogress.fastprogress import format_time
 from filelock import FileLock, Timeout
 from .experiments import EXPERIMENTS, Experiment, device_name, pages_folder, repository, write_aside
 from .families import code_version
+from .summary import write_summary
 
 # %% ../nbs/85_runner.ipynb #68517a84
 try: import psutil
@@ -415,6 +416,7 @@ def reproduce(
     runner, experiments = Runner(out or Path('runs')/profile, **settings), select(profile, only)
     found = runner.run_all([t for e in experiments for t in runner.tasks_of(e, profile)])
     for e in experiments: _print_result(runner.out, e.name, found[e.name])
+    print(f'\neverything beside the paper: {write_summary(runner.out)}')
     failed = [n for n, o in found.items() if isinstance(o, Exception)]
     if failed: print(f"\n{len(failed)} of {len(found)} failed: {', '.join(failed)}; the same command runs these again")
     return {e.name: found[e.name] for e in experiments}
