@@ -416,7 +416,8 @@ def reproduce(
     runner, experiments = Runner(out or Path('runs')/profile, **settings), select(profile, only)
     found = runner.run_all([t for e in experiments for t in runner.tasks_of(e, profile)])
     for e in experiments: _print_result(runner.out, e.name, found[e.name])
-    print(f'\neverything beside the paper: {write_summary(runner.out)}')
+    try: print(f'\neverything beside the paper: {write_summary(runner.out)}')
+    except OSError as e: print(f'\nno summary: {e}') # a full disk
     failed = [n for n, o in found.items() if isinstance(o, Exception)]
     if failed: print(f"\n{len(failed)} of {len(found)} failed: {', '.join(failed)}; the same command runs these again")
     return {e.name: found[e.name] for e in experiments}
