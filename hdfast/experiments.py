@@ -313,3 +313,21 @@ EXPERIMENTS |= {e.name: e for e in [
     *(_trunks(dataset, how) for dataset in ('cifar100', 'caltech101') for how in ('paper', 'one_cycle')),
     *(_trunk(dataset, how, f'trunk_trial_{dataset}_{how}', paper=dict(epochs=0, runs=1, flats=_cnns, variants=[], max_size=5))
       for dataset in ('cifar100', 'caltech101') for how in ('paper', 'one_cycle'))]}
+
+# %% ../nbs/80_experiments.ipynb #80ff0002
+def _pretrain(dataset, **profiles):
+    "Pre-training of a CNN_TL."
+    return Experiment(f'pretrain_{dataset}', 'none: in place of VGG-f', 'pretrain.ipynb', dict(name=f'pretrain_{dataset}', dataset=dataset), profiles, alone=True)
+
+def _transfer(dataset, source, table, shared, **profiles):
+    "Adaptive transfer learning from a backbone."
+    shared = dict(name=f'transfer_{dataset}', table=table, dataset=dataset, source=source) | shared
+    return Experiment(f'transfer_{dataset}', table or 'none: made by code', 'transfer.ipynb', shared, profiles, needs=(source,), alone=True)
+
+_from_cifar100 = dict(options={}, size=64, flat='CNN_TL_5', router='CNN_TL_5', experts=['CNN_TL_5', 'CNN_TL_4', 'CNN_TL_3', 'CNN_TL_2'], n_clusters=48, bs=128)
+_on_cifar100 = dict(options={}, size=64, network='CNN_TL_5', bs=128)
+
+EXPERIMENTS |= {e.name: e for e in [
+    _pretrain('synthetic', smoke={}), _transfer('synthetic', 'pretrain_synthetic', '', {}, smoke=dict(experts=['CNN_TL_5', 'CNN_TL_4'], epochs=10)),
+    _pretrain('cifar100', cpu=_on_cifar100 | dict(epochs=3), paper=_on_cifar100 | dict(epochs=20)),
+    _transfer('caltech101', 'pretrain_cifar100', 'Table 10', _from_cifar100, cpu=dict(epochs=5, runs=1), paper=dict(epochs=40, runs=6))]}

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Backbone', 'load_backbone', 'read_matconvnet', 'pretrain', 'accuracy_on', 'Candidate', 'Inputs', 'fit_candidates',
-           'Choice', 'choose_networks', 'transfer_hierarchy']
+           'Choice', 'train_candidate', 'choose_networks', 'parts_of', 'assembled', 'transfer_hierarchy']
 
 # %% ../nbs/65_transfer.ipynb #65a00004
 import hashlib, json, os, platform
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ from .families import Job, feature_dataloaders, fit_network, fit_networks
 from .hierarchical import HierarchicalClassifier
 from .learners import ImageDL, ImageView, Normalization, Recipe, ViewDataLoaders, class_view, cluster_view, crop_flip
 from .learners import input_shape, probabilities, recipe
-from .networks import Conv, NetworkSpec, Stage, network, network_spec
+from .networks import Conv, NetworkSpec, Stage, mlp_spec, network, network_spec
 
 # %% ../nbs/65_transfer.ipynb #65a00008
 @dataclass(frozen=True, eq=False, repr=False)
@@ -352,51 +353,91 @@ def fit_candidates(
 @dataclass(frozen=True)
 class Choice:
     "What was tried for some parts of the data, and what was taken."
-    scores:pd.DataFrame # held-out accuracy: a row for each part, a column for each candidate, cheapest first; NaN without held-out images
+    scores:pd.DataFrame # held-out accuracy: a row for each part, a column for each candidate; NaN without held-out images
     chosen:list         # of `Candidate`, one for each part
     networks:list       # from images to scores, one for each part
     def counts(self): return pd.Series(list(map(str, self.chosen))).value_counts().reindex(self.scores.columns, fill_value=0)
+    def taken(self): return np.array([self.scores.at[part, str(c)] for part, c in zip(self.scores.index, self.chosen)])
+
+# %% ../nbs/65_transfer.ipynb #65a0005a
+def train_candidate(
+    inputs:Inputs,
+    views:dict,    # views of the images, by the name of the part
+    candidate:Candidate,
+    how:Recipe,    # how to train it
+    seeds,         # one for each part
+    cache=None,    # folder of networks trained before
+    progress=None, # called with the number of networks done and of all
+) -> Choice:
+    "A network of this candidate for every part of the data."
+    tasks = [(candidate, view, seed, f'{candidate} for {part}') for (part, view), seed in zip(views.items(), seeds, strict=True)]
+    nets = fit_candidates(inputs, tasks, how, cache, progress)
+    scores = pd.DataFrame({str(candidate): [accuracy_on(net, view.valid) for net, view in zip(nets, views.values())]}, index=list(views))
+    return Choice(scores, [candidate]*len(nets), nets)
+
+# %% ../nbs/65_transfer.ipynb #65a0005c
+@patch
+def or_better(self:Choice,
+    other:Choice # over the same parts
+) -> Choice:
+    "For each part the network with the higher held-out accuracy; the first one's if they are equal."
+    better = other.taken() > self.taken()
+    pick = lambda a, b: [y if take else x for x, y, take in zip(a, b, better)]
+    return Choice(self.scores.join(other.scores), pick(self.chosen, other.chosen), pick(self.networks, other.networks))
 
 # %% ../nbs/65_transfer.ipynb #65a0004c
 def choose_networks(
     inputs:Inputs,
-    views:dict,     # views of the images, by the name of the part
-    candidates,     # list of `Candidate`
-    how:Recipe,     # how to train them
-    seeds,          # one for each part
-    cache=None,     # folder of networks trained before
-    report=None,    # told about each candidate, in a line
+    views:dict,  # views of the images, by the name of the part
+    candidates,  # list of `Candidate`
+    how:Recipe,  # how to train them
+    seeds,       # one for each part
+    cache=None,  # folder of networks trained before
 ) -> Choice:
     "Train every candidate on every part of the data and take the best on the held-out slice; ties go to the cheaper."
-    best, scores = {}, {}
-    for c in sorted(candidates, key=lambda c: c.cost(inputs.shape)):
-        tasks = [(c, view, seed, f'{c} for {part}') for (part, view), seed in zip(views.items(), seeds, strict=True)]
-        nets = fit_candidates(inputs, tasks, how, cache)
-        scores[str(c)] = {part: accuracy_on(net, view.valid) for (part, view), net in zip(views.items(), nets)}
-        for part, net in zip(views, nets):
-            if part not in best or scores[str(c)][part] > best[part][0]: best[part] = (scores[str(c)][part], c, net)
-        if report: report(f'  {c}: {len(tasks)} network(s), held out {pd.Series(scores[str(c)]).mean():.3f}')
-    return Choice(pd.DataFrame(scores, index=list(views)), [best[part][1] for part in views], [best[part][2] for part in views])
+    by_cost = sorted(candidates, key=lambda c: c.cost(inputs.shape))
+    return reduce(Choice.or_better, (train_candidate(inputs, views, c, how, seeds, cache) for c in by_cost))
+
+# %% ../nbs/65_transfer.ipynb #65a0005d
+def parts_of(
+    inputs:Inputs,
+    h:ClassHierarchy, # over the classes of `inputs`, without further levels below its clusters
+    seed:int=0,       # of the hierarchical classifier
+) -> tuple:           # views and seeds for the hierarchy classifier, views and seeds for the experts
+    "The parts of the data that a hierarchy needs networks for."
+    if any(child is not None for child in h.children): raise ValueError("transfer learning takes a hierarchy of one level; this one has clusters within clusters")
+    routing = {'clusters': cluster_view(inputs.images, h)} if h.n_clusters > 1 else {}
+    many = {q: members for q, members in enumerate(h.clusters) if len(members) > 1}
+    views = {f'cluster {q}': class_view(inputs.images, members) for q, members in many.items()}
+    return routing, [seed]*len(routing), views, [seed + 1 + q for q in many]
+
+# %% ../nbs/65_transfer.ipynb #65a0005f
+def assembled(
+    inputs:Inputs,
+    h:ClassHierarchy,
+    router:Choice,  # over the first parts of `parts_of`
+    experts:Choice, # over its second parts
+    how:Recipe,     # as trained
+    seed:int=0,     # as trained
+) -> HierarchicalClassifier:
+    "The hierarchical classifier that chosen networks make up."
+    chosen, alone = iter(experts.chosen), mlp_spec(1) # a single class needs no network
+    specs = [next(chosen).named if len(members) > 1 else alone for members in h.clusters]
+    model = HierarchicalClassifier(h, router.chosen[0].named if router.chosen else alone, specs, how, seed)
+    return model._place(iter([*router.networks, *experts.networks]), inputs.images)
 
 # %% ../nbs/65_transfer.ipynb #65a0004e
 def transfer_hierarchy(
     inputs:Inputs,
-    h:ClassHierarchy,  # over the classes of `inputs`, without further levels below its clusters
-    routers,           # a `Candidate`, or a list, for the hierarchy classifier
-    experts,           # a `Candidate`, or a list, for each cluster
-    how:Recipe,        # how to train them
+    h:ClassHierarchy, # over the classes of `inputs`, without further levels below its clusters
+    routers,          # a `Candidate`, or a list, for the hierarchy classifier
+    experts,          # a `Candidate`, or a list, for each cluster
+    how:Recipe,       # how to train them
     seed:int=0,
-    cache=None,        # folder of networks trained before
-    report=None,       # told about each candidate, in a line
-) -> tuple:            # the `HierarchicalClassifier`, and the choices for router and experts
+    cache=None,       # folder of networks trained before
+) -> tuple:           # the `HierarchicalClassifier`, and the choices for hierarchy classifier and experts
     "A hierarchical classifier whose networks are chosen among candidates (section 3.5)."
-    if any(child is not None for child in h.children): raise ValueError("transfer learning takes a hierarchy of one level; this one has clusters within clusters")
-    many = {f'cluster {q}': class_view(inputs.images, members) for q, members in enumerate(h.clusters) if len(members) > 1}
-    seeds = [seed + 1 + q for q, members in enumerate(h.clusters) if len(members) > 1]
-    routing = {'clusters': cluster_view(inputs.images, h)} if h.n_clusters > 1 else {}
-    router = choose_networks(inputs, routing, listify(routers), how, [seed]*len(routing), cache, report)
-    expert = choose_networks(inputs, many, listify(experts), how, seeds, cache, report)
-    chosen = iter(expert.chosen)
-    specs = [next(chosen).named if len(members) > 1 else listify(experts)[0].named for members in h.clusters]
-    model = HierarchicalClassifier(h, (router.chosen or listify(routers))[0].named, specs, how, seed)
-    return model._place(iter([*router.networks, *expert.networks]), inputs.images), router, expert
+    routing, first, views, seeds = parts_of(inputs, h, seed)
+    router = choose_networks(inputs, routing, listify(routers), how, first, cache)
+    expert = choose_networks(inputs, views, listify(experts), how, seeds, cache)
+    return assembled(inputs, h, router, expert, how, seed), router, expert
