@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from fastcore.basics import patch
 from matplotlib import pyplot as plt
-from scipy.cluster.hierarchy import dendrogram, is_valid_linkage, to_tree
+from scipy import sparse
+from scipy.cluster.hierarchy import dendrogram, is_valid_linkage
 from sklearn.cluster import KMeans, SpectralClustering
-from .confusion import check_confusion, distance_matrix
-from .linkage import average_linkage
+from .confusion import check_confusion, distance_matrix, similarity_matrix
+from .linkage import average_linkage, sparse_average_linkage
 
 # %% ../nbs/20_clustering.ipynb #eaec954b
 def cut_by_size(
@@ -24,26 +25,29 @@ def cut_by_size(
 ) -> list:        # clusters as sorted tuples of class ids, ordered by their first class
     "Split the tree from the top down until no node has more than `max_size` classes (step 3 of Algorithm 1)."
     if max_size < 1: raise ValueError(f"max_size must be at least 1, got {max_size}")
-    if not len(Z): return [(0,)]
-    todo, clusters = [to_tree(Z)], []
-    while todo:
-        node = todo.pop()
-        if node.count > max_size: todo += [node.left, node.right]
-        else: clusters.append(tuple(sorted(node.pre_order())))
-    return sorted(clusters)
+    K = len(Z) + 1
+    of = np.arange(2*K - 1)                                   # the cluster's topmost node, for every node
+    for i in range(K - 2, -1, -1):
+        if Z[i, 3] <= max_size: of[Z[i, :2].astype(int)] = of[K + i]
+    order = np.argsort(of[:K], kind='stable')
+    return sorted(tuple(q.tolist()) for q in np.split(order, np.flatnonzero(np.diff(of[order])) + 1))
 
 # %% ../nbs/20_clustering.ipynb #fef1c11c
+def _linkage(C, classes):
+    "Z from a confusion matrix, dense or sparse (steps 1 and 2 of Algorithm 1)."
+    return sparse_average_linkage(similarity_matrix(C), classes) if sparse.issparse(C) else average_linkage(distance_matrix(C), classes)
+
 def max_size_for(
     C,              # confusion matrix, shape (K, K)
     n_clusters:int, # wanted number of clusters
     classes=None,   # K class names, which break ties
 ) -> int:           # the smallest max_size whose cut comes nearest; of two equally near, the one with fewer clusters
     "The `max_size` for which `cluster_classes` comes nearest to `n_clusters` disjoint clusters."
-    K = len(check_confusion(C))
+    K = C.shape[0] if sparse.issparse(C) else len(check_confusion(C))
     if not 1 <= n_clusters <= K: raise ValueError(f"{K} classes can't make {n_clusters} clusters: ask for 1 to {K}")
-    sizes = average_linkage(distance_matrix(C), classes)[:, 3]
-    made = np.array([1 + (sizes > m).sum() for m in range(1, K+1)])
-    nearest = min(made, key=lambda n: (abs(n - n_clusters), n))
+    sizes = np.sort(_linkage(C, classes)[:, 3])
+    made = K - np.searchsorted(sizes, np.arange(1, K+1), side='right')
+    nearest = min(made.tolist(), key=lambda n: (abs(n - n_clusters), n))
     return int(np.flatnonzero(made == nearest)[0]) + 1
 
 # %% ../nbs/20_clustering.ipynb #5df45ca0
@@ -54,9 +58,13 @@ def overlap_clusters(
 ) -> tuple:      # clusters as sorted tuples of class ids; a class may now sit in several
     "Add to each cluster the classes that are routed into it often enough (step 4 of Algorithm 1, eq. 1 repaired)."
     if not gamma > 0: raise ValueError(f"gamma must be positive, got {gamma}; for disjoint clusters leave it out (None)")
-    routed = np.stack([np.asarray(C)[:, list(q)].sum(1) for q in clusters], axis=1)
     threshold = (1 - 1e-9)/(gamma*len(clusters))
-    return tuple(tuple(sorted({*q, *np.flatnonzero(routed[:, i] >= threshold).tolist()})) for i, q in enumerate(clusters))
+    if threshold == 0: return (tuple(range(np.shape(C)[0])),)*len(clusters)
+    C, sizes = sparse.csc_array(C), [len(q) for q in clusters]
+    member = sparse.csc_array((np.ones(sum(sizes)), np.concatenate([list(q) for q in clusters]), np.r_[0, np.cumsum(sizes)]), (C.shape[0], len(sizes)))
+    routed = sparse.csc_array(C @ member)
+    guests = [routed.indices[a:b][routed.data[a:b] >= threshold].tolist() for a, b in zip(routed.indptr, routed.indptr[1:])]
+    return tuple(tuple(sorted({*q, *more})) for q, more in zip(clusters, guests, strict=True))
 
 # %% ../nbs/20_clustering.ipynb #3ae5cd1d
 @dataclass(frozen=True, eq=False, repr=False)
@@ -103,12 +111,12 @@ def _check_hierarchy(h):
     if K > 1 and not (np.isfinite(h.linkage).all() and is_valid_linkage(h.linkage)): raise ValueError("the linkage isn't a tree of the classes")
     if h.gamma is not None and not h.gamma > 0: raise ValueError(f"gamma must be positive or None, got {h.gamma}")
     if (h.home < 0).any() or (h.home >= n).any(): raise ValueError(f"home names a cluster outside 0..{n-1}")
+    sizes = np.bincount(h.home, minlength=n)
     for q, members in enumerate(h.clusters):
         if list(members) != sorted(set(members)) or members[:1] < (0,) or members[-1] >= K:
             raise ValueError(f"cluster {q} must be a sorted tuple of distinct class ids in 0..{K-1}, got {members}")
-        size = (h.home == q).sum()
-        if size > h.max_size: raise ValueError(f"cluster {q} is home to {size} classes, more than max_size={h.max_size}")
-        if not size: raise ValueError(f"cluster {q} is home to no class")
+        if sizes[q] > h.max_size: raise ValueError(f"cluster {q} is home to {sizes[q]} classes, more than max_size={h.max_size}")
+        if not sizes[q]: raise ValueError(f"cluster {q} is home to no class")
     for c, q in enumerate(h.home):
         if c not in h.clusters[q]:
             raise ValueError(f"class {h.classes[c]!r} has its home in cluster {q}, which doesn't hold it")
@@ -125,18 +133,19 @@ def _check_children(h):
 
 # %% ../nbs/20_clustering.ipynb #c52b28b4
 def cluster_classes(
-    C,                  # confusion matrix, shape (K, K), rows sum to 1; ValueError for counts, NaN, negatives
+    C,                  # confusion matrix, shape (K, K), dense or scipy.sparse, rows sum to 1; ValueError for counts, NaN, negatives
     max_size:int,       # theta: largest number of classes that have their home in one cluster
     gamma:float=None,   # overlap factor; None for disjoint clusters
     classes=None,       # K class names; default '0'..str(K-1)
 ) -> ClassHierarchy:    # clusters ordered by their first class
     "Cluster easily confused classes: distances, average linkage, top-down cut, overlap (Algorithm 1)."
     C = check_confusion(C)
-    classes = tuple(map(str, range(len(C)) if classes is None else classes))
-    Z = average_linkage(distance_matrix(C), classes)
+    K = C.shape[0]
+    classes = tuple(map(str, range(K) if classes is None else classes))
+    Z = _linkage(C, classes)
     disjoint = cut_by_size(Z, max_size)
     clusters = disjoint if gamma is None else overlap_clusters(C, disjoint, gamma)
-    return ClassHierarchy(classes, clusters, _home(disjoint, len(C)), Z, max_size, gamma)
+    return ClassHierarchy(classes, clusters, _home(disjoint, K), Z, max_size, gamma)
 
 def _home(disjoint, n_classes):
     "Cluster of each class, shape (K,), from disjoint clusters."

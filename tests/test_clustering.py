@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from matplotlib import pyplot as plt
+from scipy import sparse
 
 from hdfast.clustering import (ClassHierarchy, cluster_classes, cluster_recursively, cut_by_size, hierarchy_from_groups, kmeans_clusters,
                                max_size_for, overlap_clusters, spectral_clusters, sub_confusion)
@@ -432,3 +433,20 @@ def test_refine_puts_a_child_where_it_belongs_and_leaves_the_original():
 
 def test_refining_a_cluster_that_does_not_exist_is_an_error():
     with pytest.raises((ValueError, IndexError)): cluster_classes(C11, 4).refine(7, child)
+
+
+# ---- sparse
+
+@given(st.one_of(counted(), soft()), sizes, gammas)
+def test_a_sparse_confusion_matrix_makes_the_same_hierarchy(C, size, gamma):
+    dense, sparse_ = cluster_classes(C, size, gamma), cluster_classes(sparse.csr_array(C), size, gamma)
+    assert dense.clusters == sparse_.clusters and np.array_equal(dense.home, sparse_.home)
+    assert np.allclose(dense.linkage, sparse_.linkage, rtol=0, atol=1e-11)
+    assert max_size_for(C, len(dense.clusters)) == max_size_for(sparse.csr_array(C), len(dense.clusters))
+
+
+def test_a_caterpillar_of_fifty_thousand_classes_is_cut_without_recursion():
+    K = 50_000
+    Z = np.c_[np.r_[0, np.arange(K, 2*K - 2)], np.arange(1, K), np.linspace(0, 1, K - 1), np.arange(2, K + 1)]
+    Z[:, :2].sort(axis=1)
+    assert len(cut_by_size(Z, 100)) == K - 99

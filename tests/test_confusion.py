@@ -2,9 +2,10 @@
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from hypothesis import given, strategies as st
 
-from hdfast.confusion import check_confusion, confusion_matrix, distance_matrix, posterior_matrix, toy_classes, toy_confusion
+from hdfast.confusion import check_confusion, confusion_matrix, distance_matrix, similarity_matrix, sparse_confusion_matrix, posterior_matrix, toy_classes, toy_confusion
 
 
 @st.composite
@@ -155,3 +156,32 @@ def test_the_input_is_left_as_it_was():
 
 def test_the_toy_example_is_a_confusion_matrix_of_its_classes():
     assert check_confusion(toy_confusion()).shape == (len(toy_classes),)*2
+
+
+# ---- sparse
+
+@given(predictions(), st.integers(1, 5))
+def test_the_sparse_matrix_of_all_probabilities_is_the_soft_one_however_they_are_batched(p, parts):
+    targets, probs, K = p
+    batches = zip(np.array_split(targets, parts), np.array_split(probs, parts))
+    got = sparse_confusion_matrix([(y, x) for y, x in batches if len(y)], K, k=K)
+    assert np.allclose(got.toarray(), confusion_matrix(targets, probs, K), atol=1e-12)
+
+
+@given(predictions(), st.integers(1, 3))
+def test_a_row_moves_by_at_most_twice_the_share_that_is_dropped(p, k):
+    targets, probs, K = p
+    got, want = sparse_confusion_matrix([(targets, probs)], K, k=k).toarray(), confusion_matrix(targets, probs, K)
+    assert np.allclose(got.sum(1), 1, atol=1e-12)
+    for c in set(targets):
+        dropped = 1 - np.sort(probs[targets == c], axis=1)[:, -k:].sum(1).mean()
+        assert np.abs(got[c] - want[c]).sum() <= 2*dropped + 1e-9
+
+
+@given(confusions())
+def test_similarity_is_one_minus_distance(C):
+    assert np.allclose(1 - similarity_matrix(sparse.csr_array(C)).toarray() - np.eye(len(C)), distance_matrix(C), atol=1e-12)
+
+
+def test_distances_of_a_sparse_matrix_are_refused():
+    with pytest.raises(ValueError, match='similarity_matrix'): distance_matrix(sparse.csr_array(np.eye(3)))
