@@ -72,6 +72,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'hdfast.clustering._home': ('clustering.html#_home', 'hdfast/clustering.py'),
                                    'hdfast.clustering._linkage': ('clustering.html#_linkage', 'hdfast/clustering.py'),
                                    'hdfast.clustering._node_cluster': ('clustering.html#_node_cluster', 'hdfast/clustering.py'),
+                                   'hdfast.clustering._spectral_points': ('clustering.html#_spectral_points', 'hdfast/clustering.py'),
                                    'hdfast.clustering._whole_numbers': ('clustering.html#_whole_numbers', 'hdfast/clustering.py'),
                                    'hdfast.clustering.cluster_classes': ('clustering.html#cluster_classes', 'hdfast/clustering.py'),
                                    'hdfast.clustering.cluster_recursively': ('clustering.html#cluster_recursively', 'hdfast/clustering.py'),

@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from matplotlib import pyplot as plt
 from scipy import sparse
 from scipy.cluster.hierarchy import dendrogram, is_valid_linkage
-from sklearn.cluster import KMeans, SpectralClustering
+from scipy.sparse.csgraph import laplacian
+from sklearn.cluster import KMeans
 from .confusion import check_confusion, distance_matrix, similarity_matrix
 from .linkage import average_linkage, sparse_average_linkage
 
@@ -252,13 +253,19 @@ def hierarchy_from_groups(
                           _home(disjoint, len(groups)), average_linkage(two_levels, classes), max(map(len, disjoint)), gamma)
 
 # %% ../nbs/20_clustering.ipynb #7506bf8d
-def _groups_of_similar(model, C, classes):
-    "Groups of classes by a scikit-learn clustering `model` of the similarity matrix, seen in the order of the names."
+def _groups_of_similar(points, n_clusters, C, classes, seed):
+    "Groups of classes by k-means over `points` of the similarity matrix, seen in the order of the names."
     S = 1 - distance_matrix(C)
     order = np.argsort(np.asarray(classes))
     groups = np.empty(len(S), dtype=np.int64)
-    groups[order] = model.fit_predict(S[np.ix_(order, order)])
+    groups[order] = KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(points(S[np.ix_(order, order)]))
     return groups
+
+# %% ../nbs/20_clustering.ipynb #7506bf8f
+def _spectral_points(S, n):
+    "The `n` smoothest vectors on the graph of similarities `S`, shape (K, n)."
+    L, root_degree = laplacian(S, normed=True, return_diag=True)
+    return np.linalg.eigh(L)[1][:, :n]/root_degree[:, None]
 
 # %% ../nbs/20_clustering.ipynb #62e018a5
 def spectral_clusters(
@@ -273,7 +280,7 @@ def spectral_clusters(
     classes = tuple(map(str, range(K) if classes is None else classes))
     if not 1 <= n_clusters <= K: raise ValueError(f"{K} classes can't make {n_clusters} clusters: ask for 1 to {K}")
     if n_clusters in (1, K): groups = np.arange(K) % n_clusters
-    else: groups = _groups_of_similar(SpectralClustering(n_clusters, affinity='precomputed', random_state=seed), C, classes)
+    else: groups = _groups_of_similar(lambda S: _spectral_points(S, n_clusters), n_clusters, C, classes, seed)
     return hierarchy_from_groups(groups, classes, C, gamma)
 
 # %% ../nbs/20_clustering.ipynb #a003b3b6
@@ -288,7 +295,7 @@ def kmeans_clusters(
     K = len(check_confusion(C))
     classes = tuple(map(str, range(K) if classes is None else classes))
     if not 1 <= n_clusters <= K: raise ValueError(f"{K} classes can't make {n_clusters} clusters: ask for 1 to {K}")
-    groups = _groups_of_similar(KMeans(n_clusters, n_init=10, random_state=seed), C, classes)
+    groups = _groups_of_similar(lambda S: S, n_clusters, C, classes, seed)
     return hierarchy_from_groups(groups, classes, C, gamma)
 
 # %% ../nbs/20_clustering.ipynb #a3bc1030
