@@ -325,9 +325,9 @@ def _transfer(dataset, source, table, shared, **profiles):
     return Experiment(f'transfer_{dataset}', table or 'none: made by code', 'transfer.ipynb', shared, profiles, needs=(source,), alone=True)
 
 _from_cifar100 = dict(options={}, size=64, flat='CNN_TL_5', router='CNN_TL_5', experts=['CNN_TL_5', 'CNN_TL_4', 'CNN_TL_3', 'CNN_TL_2'], n_clusters=48, bs=128)
-_on_cifar100 = dict(options={}, size=64, network='CNN_TL_5', bs=128)
+_on_cifar100 = dict(options={}, size=64, network='CNN_TL_5', bs=128, lr=1e-3)
 
 EXPERIMENTS |= {e.name: e for e in [
-    _pretrain('synthetic', smoke={}), _transfer('synthetic', 'pretrain_synthetic', '', {}, smoke=dict(experts=['CNN_TL_5', 'CNN_TL_4'], epochs=10)),
+    _pretrain('synthetic', smoke={}), _transfer('synthetic', 'pretrain_synthetic', '', {}, smoke={}),
     _pretrain('cifar100', cpu=_on_cifar100 | dict(epochs=3), paper=_on_cifar100 | dict(epochs=20)),
     _transfer('caltech101', 'pretrain_cifar100', 'Table 10', _from_cifar100, cpu=dict(epochs=5, runs=1), paper=dict(epochs=40, runs=6))]}
