@@ -21,6 +21,7 @@ import torch
 from fastcore.basics import patch
 from filelock import FileLock
 from joblib import Parallel, delayed
+from joblib.externals.loky import get_reusable_executor
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
@@ -480,7 +481,8 @@ def in_processes(
     def train(jobs, recipe, cache=None, progress=None):
         with _folder(cache) as folder:
             parts = (delayed(_fill)(part, recipe, folder) for part in _parts(jobs, n_jobs*per_job))
-            _report(Parallel(n_jobs, return_as='generator_unordered')(parts), len(jobs), progress)
+            try: _report(Parallel(n_jobs, return_as='generator_unordered')(parts), len(jobs), progress)
+            finally: get_reusable_executor().shutdown(wait=True) # idle processes would keep this one from ending, for minutes
             return fit_networks(jobs, recipe, folder)
     return train
 
