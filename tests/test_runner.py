@@ -299,7 +299,9 @@ found = runner.reproduce('smoke', None, sys.argv[2], device='cpu')
 sys.exit(not isinstance(found['page'], dict))"""
 
 
-def runner_process(*argv): return subprocess.Popen([sys.executable, '-c', PROGRAM, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def runner_process(*argv):
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) # a shell's background job, such as the tests may be, ignores Ctrl-C, and so would its children
+    return subprocess.Popen([sys.executable, '-c', PROGRAM, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
 
 
 def children_end(family, seconds=15):
