@@ -179,15 +179,12 @@ def _train(dls, spec, how, seed, name, cache):
 # %% ../nbs/90_cli.ipynb #728c27e1
 def _cluster(net, dls, clusters, gamma, out):
     "The hierarchy from the flat net's confusion on the held-out slice; written to `out` and printed."
-    from hdfast import clustering, confusion, learners
-    names = [str(c) for c in dls.vocab]
-    wanted = clusters or max(1, round(len(names)**.5))
-    probs, y = learners.probabilities(net, dls.valid)
-    C = confusion.confusion_matrix(y, probs, len(names))
-    h = clustering.cluster_classes(C, clustering.max_size_for(C, wanted, names), gamma, names)
+    from hdfast import clustering, learners
+    C = learners.held_out_confusion(net, dls)
+    h = clustering.cluster_into(C, clusters, gamma, dls.vocab)
     _write_clusters(C, h, out)
     print(h, flush=True)
-    if h.n_clusters != wanted: print(f'      ({wanted} clusters were wanted; no limit on their size comes nearer)', flush=True)
+    if clusters and h.n_clusters != clusters: print(f'      ({clusters} clusters were wanted; no limit on their size comes nearer)', flush=True)
     return h
 
 # %% ../nbs/90_cli.ipynb #3b1e0477

@@ -17,12 +17,11 @@ import pandas as pd
 from fastai.torch_core import default_device
 from matplotlib import pyplot as plt
 from .clustering import cluster_classes, max_size_for
-from .confusion import confusion_matrix
 from .datasets import image_set
 from .hierarchical import HierarchicalClassifier
 from .families import fit_network
 from .inference import keep_memory
-from .learners import probabilities
+from .learners import held_out_confusion
 from .memory import family_memory, network_memory
 from .networks import SPECS, mlp_spec, n_parameters
 
@@ -108,8 +107,7 @@ def hierarchy_rows(
     dls = images.dataloaders(bs=how.bs)
     flat, seconds = _timed(lambda: fit_network(dls, family.flat, how, seed, 'the flat network', cache))
     report(f'  flat net {family.flat.name}: {seconds:.0f} s')
-    probs, y = probabilities(flat, dls.valid)
-    C = confusion_matrix(y, probs, images.n_classes)
+    C = held_out_confusion(flat, dls)
     theta, rows, hierarchies = max_size_for(C, n_clusters, images.classes), [], []
     for gamma in gammas:
         h = cluster_classes(C, theta, gamma, images.classes)
@@ -269,6 +267,7 @@ def _selection(name, table, dataset, family, n_clusters, clusterings=('learned',
     shared = dict(name=name, table=table, dataset=dataset, family=family, n_clusters=n_clusters, clusterings=list(clusterings))
     return Experiment(name, table or 'none: made by code', 'selection.ipynb', shared, profiles)
 
+# %% ../nbs/80_experiments.ipynb #80ff0003
 EXPERIMENTS = {e.name: e for e in [
     _synthetic('mlp', smoke=dict(epochs=20, runs=1)), _synthetic('cnn', cpu=dict(epochs=40, runs=1)),
     _hierarchy('mlp_caltech101', 'Table 3', 'caltech101', 'mlp', 44, [0, 3, 5, 8], 6),

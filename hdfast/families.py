@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from . import networks
-from .learners import ImageDL, ImageView, Recipe, ViewDataLoaders, build_network, input_shape, torch_optimizers, training_loader
+from .inference import predict_in_batches
+from .learners import ImageDL, ImageView, Recipe, ViewDataLoaders, build_network, check_predictions, input_shape
+from .learners import torch_optimizers, training_loader
 from .networks import network_spec
 
 # %% ../nbs/45_families.ipynb #5f0a1c08
@@ -81,19 +83,12 @@ def train(
         torch.manual_seed(seed)
         if device.type == 'cuda' and can_be_recorded(dls): _train_recorded([net], [dl], recipe, [name], device, on_epoch)
         else: _train_eagerly(net, dl, device, recipe, name, on_epoch)
-    _check_predictions(net.eval(), dls, name)
+    check_predictions(net.eval(), dls, name)
     return net
 
 def can_be_recorded(dls) -> bool:
     "Whether batches are made without Python: images in memory, no augmentation."
     return isinstance(dls.train, ImageDL) and isinstance(dls.train.dataset, ImageView) and not dls.train.augment
-
-@torch.no_grad()
-def _check_predictions(net, dls, name):
-    "Raise a FloatingPointError if what the last step left can't predict."
-    x, *_ = to_device(dls.train.new(shuffle=False, bs=min(8, len(dls.train.dataset))).one_batch(), dls.device)
-    if not torch.isfinite(net(x)).all():
-        raise FloatingPointError(f"the predictions of {name} aren't finite after the last step: lower the learning rate")
 
 # %% ../nbs/45_families.ipynb #5f0a1c13
 @dataclass(frozen=True, eq=False)
@@ -235,7 +230,7 @@ class _FamilyInputs:
     "Batches for several views of one tensor of images."
     def __init__(self, loaders, device):
         views, pad = [dl.dataset for dl in loaders], lambda ts: nn.utils.rnn.pad_sequence(ts, batch_first=True).to(device)
-        self.images, self.normalize, widths = views[0].images, loaders[0].normalize, torch.tensor([v.c for v in views], device=device)
+        self.images, self.inputs, widths = views[0].images, loaders[0].inputs, torch.tensor([v.c for v in views], device=device)
         self.index, self.targets = pad([v.index for v in views]), pad([v.targets for v in views])
         self.absent = (torch.arange(widths.max(), device=device) >= widths[:, None])[..., None]
     def epoch(self, rows, sizes):
@@ -245,8 +240,7 @@ class _FamilyInputs:
         return index, targets, (torch.arange(rows.shape[2], device=rows.device) < n)/n.clamp(min=1)
     def batch(self, index):
         "Inputs (networks, bs, features) from rows of images."
-        x = self.images.index_select(0, index.flatten())
-        return (self.normalize(x) if self.normalize else x).reshape(*index.shape, -1)
+        return self.inputs(self.images.index_select(0, index.flatten())).reshape(*index.shape, -1)
 
 # %% ../nbs/45_families.ipynb #5f0a1d15
 def _plan(recipe, n_batches):
@@ -313,7 +307,7 @@ def _train_fused(jobs, recipe):
             rule.step(now, grads, [[t[:m] for t in ts] for ts in rule.state], *plan[epoch, s, :, :m])
         _check_losses(losses, jobs, epoch)
     _unstack(params, nets)
-    for job, net in zip(jobs, nets): _check_predictions(net.eval(), job.dls, job.name)
+    for job, net in zip(jobs, nets): check_predictions(net.eval(), job.dls, job.name)
     return [net for _, net in sorted(zip(longest_first, nets), key=lambda pair: pair[0])]
 
 def _check_losses(losses, jobs, epoch):
@@ -325,7 +319,7 @@ def _check_losses(losses, jobs, epoch):
 class _Steps:
     "All training steps of one network, with everything they need on the device."
     def __init__(self, net, dl, recipe, device):
-        self.net, self.view, self.normalize, self.bs = net, dl.dataset, dl.normalize, recipe.bs
+        self.net, self.view, self.inputs, self.bs = net, dl.dataset, dl.inputs, recipe.bs
         self.params = [p for p in net.parameters() if p.requires_grad]
         self.rule = _rules[recipe.optimizer](self.params, recipe.wd)
         self.n_batches, self.last = -(-len(dl.dataset)//recipe.bs), (len(dl.dataset) - 1)%recipe.bs + 1
@@ -337,7 +331,7 @@ class _Steps:
     def step(self, n):
         "The next step, on the first `n` samples of its batch."
         x, y = self.view.batch(self.order.index_select(0, self.at)[0, :n])
-        loss = F.cross_entropy(self.net(self.normalize(x) if self.normalize else x), y)
+        loss = F.cross_entropy(self.net(self.inputs(x)), y)
         grads = list(torch.autograd.grad(loss, self.params))
         with torch.no_grad():
             self.losses.index_copy_(0, self.at, loss.detach()[None])
@@ -418,7 +412,7 @@ def _train_side_by_side(jobs, recipe):
     with torch.random.fork_rng():
         torch.manual_seed(jobs[0].seed)
         _train_recorded(nets, loaders, recipe, [job.name for job in jobs], torch.device(jobs[0].dls.device))
-    for job, net in zip(jobs, nets): _check_predictions(net.eval(), job.dls, job.name)
+    for job, net in zip(jobs, nets): check_predictions(net.eval(), job.dls, job.name)
     return nets
 
 # %% ../nbs/45_families.ipynb #5f0a1c1a
@@ -471,16 +465,15 @@ def fit_network(
 # %% ../nbs/45_families.ipynb #5f0a1c22
 @torch.no_grad()
 def features(
-    body,         # a module from normalised images to features
+    body,         # a module from network inputs to features
     images,       # uint8 (N, 3, H, W), or earlier features
-    normalize,    # what makes its inputs
-    bs:int=512,   # images at a time
+    inputs,       # function that makes network inputs of them
 ) -> torch.Tensor: # (N, ...), float32, on the device of `images`
     "What a frozen `body` makes of every image."
-    was, body = body.training, body.eval()
-    out = torch.cat([body(normalize(x) if normalize else x).contiguous() for x in images.split(bs)])
+    was, rows = body.training, torch.arange(len(images), device=images.device)
+    out = predict_in_batches(body.eval(), lambda r: inputs(images.index_select(0, r)), rows, images.shape[1:], images.device)
     body.train(was)
-    return out
+    return out.contiguous()
 
 # %% ../nbs/45_families.ipynb #5f0a1c23
 def feature_dataloaders(
@@ -491,7 +484,7 @@ def feature_dataloaders(
     view = dls.train.dataset
     if not isinstance(view, ImageView): raise ValueError("features are kept for an ImageSet's own DataLoaders only: make them with ImageSet.dataloaders")
     if dls.train.augment: raise ValueError("features can't be augmented: make the DataLoaders without augment")
-    values = features(body.to(dls.device), view.images, dls.train.normalize)
+    values = features(body.to(dls.device), view.images, dls.train.inputs)
     source = hashlib.sha256(f'{view.source} {dls.train.normalize} {body}'.encode() + b''.join(v.cpu().contiguous().numpy().tobytes() for v in body.state_dict().values())).hexdigest()
     over = lambda v: ImageView(values, v.index, v.targets, list(v.vocab), source)
     return ViewDataLoaders(*[dl.new(over(dl.dataset), normalize=None) for dl in dls.loaders], path=dls.path, device=dls.device)

@@ -19,12 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from . import __version__
-from .clustering import ClassHierarchy, cluster_classes, max_size_for
-from .confusion import confusion_matrix
+from .clustering import ClassHierarchy, cluster_into
 from .families import Job, bar_over, fit_network, fit_networks
 from .inference import predict_in_batches
 from .learners import ImageDL, Normalization, Recipe, build_network, class_view, cluster_view
-from .learners import input_shape, probabilities, recipe
+from .learners import held_out_confusion, input_shape, recipe
 from .networks import NetworkSpec, network_spec
 
 # %% ../nbs/50_hierarchical.ipynb #4b1c8974
@@ -435,7 +434,6 @@ def decompose(
     "Train a flat network, cluster the classes by its confusion, and train the hierarchy (Algorithm 1 and section 4.1.1)."
     how, names = _recipe(recipe), list(map(str, dls.vocab))
     net = flat if isinstance(flat, nn.Module) else fit_network(dls, flat, how, seed, 'the flat network', cache)
-    probs, y = probabilities(net, dls.valid)
-    C, wanted = confusion_matrix(y, probs, len(names)), max(1, round(len(names)**.5)) if n_clusters is None else n_clusters
-    h = cluster_classes(C, max_size_for(C, wanted, names), gamma, names)
+    C = held_out_confusion(net, dls)
+    h = cluster_into(C, n_clusters, gamma, names)
     return Decomposition(net, C, HierarchicalClassifier(h, router, expert, how, seed).fit(dls, cache, progress))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['torch_optimizers', 'optimizers', 'RECIPES', 'View', 'ImageView', 'Normalization', 'ImageDL', 'ViewDataLoaders',
            'crop_flip', 'DatasetView', 'as_view', 'cluster_view', 'class_view', 'Recipe', 'recipe', 'StopOnNaN',
-           'SkipValidation', 'training_loader', 'build_network', 'network_learner', 'input_shape', 'mlp_learner',
-           'cnn_learner', 'cnn_tl_learner', 'probabilities']
+           'SkipValidation', 'check_predictions', 'training_loader', 'build_network', 'network_learner', 'input_shape',
+           'mlp_learner', 'cnn_learner', 'cnn_tl_learner', 'probabilities', 'accuracy_on', 'held_out_confusion']
 
 # %% ../nbs/40_learners.ipynb #a42bf9b7
 import random
@@ -27,6 +27,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 from .clustering import ClassHierarchy
+from .confusion import confusion_matrix
 from .datasets import ImageSet
 from .networks import network, network_spec
 
@@ -102,13 +103,16 @@ class ImageDL(TfmdDL):
         "The samples of the next epoch in their order, and the generator for its augmentation."
         g = torch.Generator().manual_seed(self.rng.randrange(2**63))
         return torch.randperm(self.n, generator=g) if self.shuffle else torch.arange(self.n), g
+    def inputs(self, x):
+        "What a network is given for images, or features, as they lie in memory."
+        return self.normalize(x) if self.normalize else x
     def __iter__(self):
         self.before_iter()
         order, g = self.order()
         for i in order.to(self.dataset.index.device).split(self.bs):
             x, *y = to_device(self.dataset.batch(i), self.device)
             if self.augment and self.shuffle: x = self.augment(x, g)
-            yield self.after_batch((self.normalize(x) if self.normalize else x, *y))
+            yield self.after_batch((self.inputs(x), *y))
 
 # %% ../nbs/40_learners.ipynb #2fe9682f
 @patch
@@ -276,16 +280,22 @@ def fit_recipe(self:Learner,
     with _own_batches(self, recipe.bs, seed), torch.random.fork_rng():
         torch.manual_seed(seed)
         fit(recipe.epochs, recipe.lr, wd=recipe.wd, cbs=StopOnNaN(name))
-        _check_last_step(self, name)
+        check_predictions(self.model.eval(), self.dls, name)
     return self
 
+# %% ../nbs/40_learners.ipynb #40aa0002
 @torch.no_grad()
-def _check_last_step(learn, name):
-    "Raise a FloatingPointError if what the last step left can't predict."
-    x, *_ = to_device(learn.dls.train.one_batch(), next(learn.model.parameters()).device)
-    if not torch.isfinite(learn.model.eval()(x)).all():
+def check_predictions(
+    net, # in eval mode
+    dls, # DataLoaders that it was trained on
+    name # what an error calls it
+):
+    "Raise a FloatingPointError if what the last step left can't predict a batch."
+    x, *_ = to_device(dls.train.new(shuffle=False, drop_last=False).one_batch(), next(net.parameters()).device)
+    if not torch.isfinite(net(x)).all():
         raise FloatingPointError(f"the predictions of {name} aren't finite after the last step: lower the learning rate")
 
+# %% ../nbs/40_learners.ipynb #40aa0003
 def training_loader(
     dls,     # DataLoaders
     bs:int,  # batch size; never more than there are samples
@@ -358,3 +368,15 @@ def probabilities(
     out = [(net(x).softmax(1).cpu(), torch.as_tensor(y).cpu()) for x, y in dl]
     net.train(was)
     return tuple(torch.cat(o).numpy() for o in zip(*out))
+
+# %% ../nbs/40_learners.ipynb #40aa0005
+def accuracy_on(net, dl) -> float: # in [0, 1]; NaN if there are no samples
+    "Share of the samples of a loader that `net` assigns to their class."
+    if not len(dl.dataset): return float('nan')
+    probs, y = probabilities(net, dl)
+    return float((probs.argmax(1) == y).mean())
+
+def held_out_confusion(net, dls) -> np.ndarray: # (K, K), rows sum to 1
+    "Soft confusion of `net` on the held-out slice."
+    probs, y = probabilities(net, dls.valid)
+    return confusion_matrix(y, probs, len(dls.vocab))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CNN_CANDIDATES', 'MLP_CANDIDATES', 'CANDIDATES', 'describe', 'Trial', 'candidate_jobs', 'try_candidates',
-           'held_out_accuracy', 'class_counts', 'make_trial', 'merge_trials', 'read_pile', 'pile_up', 'trial_table',
-           'SpecClassifier', 'layers_neurons', 'SpecRegressor', 'chooser_for', 'NetworkSelector', 'specs_for', 'apart',
-           'leave_one_out', 'best_of', 'choices', 'choice_scores', 'verdict', 'choice_rows', 'chosen_specs',
-           'in_processes', 'in_ray', 'plot_trial', 'plot_selected', 'plot_mix']
+           'class_counts', 'make_trial', 'merge_trials', 'read_pile', 'pile_up', 'trial_table', 'SpecClassifier',
+           'layers_neurons', 'SpecRegressor', 'chooser_for', 'NetworkSelector', 'specs_for', 'apart', 'leave_one_out',
+           'best_of', 'choices', 'choice_scores', 'verdict', 'choice_rows', 'chosen_specs', 'in_processes', 'in_ray',
+           'plot_trial', 'plot_selected', 'plot_mix']
 
 # %% ../nbs/60_selection.ipynb #02e94179
 import json, tempfile
@@ -29,7 +29,7 @@ from .clustering import ClassHierarchy, palette, sub_confusion
 from .confusion import distance_matrix
 from .families import Job, bar_over, fit_networks
 from .hierarchical import HierarchicalClassifier
-from .learners import as_view, class_view, probabilities, recipe
+from .learners import accuracy_on, as_view, class_view, held_out_confusion, recipe
 from .linkage import average_linkage
 from .networks import NetworkSpec, mlp_spec, n_parameters, network_spec
 
@@ -126,17 +126,12 @@ def try_candidates(
     jobs = candidate_jobs(dls, h, candidates, seed)
     nets = train([j for *_, j in jobs], how, cache, bar_over(len(jobs)) if progress else None)
     found = {}
-    for (q, s, j), net in zip(jobs, nets): found.setdefault(q, {})[s.name] = held_out_accuracy(net, j.dls), n_parameters(net)
+    for (q, s, j), net in zip(jobs, nets): found.setdefault(q, {})[s.name] = accuracy_on(net, j.dls.valid), n_parameters(net)
     return [make_trial(dls, h, q, C, how, seed, results) for q, results in found.items()]
 
 _recipe = recipe
 
 # %% ../nbs/60_selection.ipynb #54c2f5ae
-def held_out_accuracy(net, dls) -> float: # in [0, 1]
-    "Share of the held-out images that `net` gets right."
-    probs, y = probabilities(net, dls.valid)
-    return float((probs.argmax(1) == y).mean())
-
 def class_counts(dls) -> np.ndarray: # (K,)
     "Number of training images of each class."
     return np.bincount(as_view(dls.train.dataset).targets.cpu().numpy(), minlength=len(dls.vocab))

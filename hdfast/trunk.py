@@ -21,11 +21,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from .clustering import ClassHierarchy, cluster_classes
-from .confusion import confusion_matrix
 from .families import Job, code_version, feature_dataloaders, network_key, save_weights, train
 from .hierarchical import HierarchicalClassifier
 from .inference import predict_in_batches
-from .learners import Normalization, Recipe, as_view, input_shape, probabilities
+from .learners import Normalization, Recipe, as_view, held_out_confusion, input_shape, probabilities
 from .networks import NetworkSpec, n_parameters, network, network_spec, seeded
 
 # %% ../nbs/55_trunk.ipynb #0f3761fb
@@ -481,7 +480,6 @@ def re_estimate(
     cache=None,            # folder of networks trained before
 ) -> TrunkClassifier:
     "A classifier over clusters from the confusion of `model`, trained on from its trunk."
-    probs, y = probabilities(model.net, dls.valid)
     old = model.hierarchy
-    h = cluster_classes(confusion_matrix(y, probs, old.n_classes), old.max_size, old.gamma, old.classes)
+    h = cluster_classes(held_out_confusion(model.net, dls), old.max_size, old.gamma, old.classes)
     return type(model)(h, model.spec, model.recipe, model.seed).fit(dls, cache, start=model.net)

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from matplotlib import pyplot as plt
 from scipy import sparse
 
-from hdfast.clustering import (ClassHierarchy, cluster_classes, cluster_recursively, cut_by_size, hierarchy_from_groups, kmeans_clusters,
+from hdfast.clustering import (ClassHierarchy, cluster_classes, cluster_into, cluster_recursively, cut_by_size, hierarchy_from_groups, kmeans_clusters,
                                max_size_for, overlap_clusters, spectral_clusters, sub_confusion)
 from hdfast.confusion import confusion_matrix, distance_matrix, toy_classes, toy_confusion
 from hdfast.linkage import average_linkage
@@ -157,8 +157,15 @@ def test_max_size_for_is_the_smallest_that_comes_nearest(C, data):
     assert max_size_for(C, wanted) == min(m for m, n in made.items() if n == fewest)
 
 
+@given(confusions, gammas, st.data())
+def test_cluster_into_takes_the_max_size_that_comes_nearest(C, gamma, data):
+    K, wanted = len(C), data.draw(st.integers(1, len(C)))
+    assert cluster_into(C, wanted, gamma, names(K)) == cluster_classes(C, max_size_for(C, wanted, names(K)), gamma, names(K))
+    assert cluster_into(C, classes=names(K)) == cluster_into(C, max(1, round(K**.5)), classes=names(K))
+
+
 @pytest.mark.parametrize('n', [0, 12, -1])
-@pytest.mark.parametrize('f', [max_size_for, spectral_clusters, kmeans_clusters])
+@pytest.mark.parametrize('f', [max_size_for, cluster_into, spectral_clusters, kmeans_clusters])
 def test_an_impossible_number_of_clusters_is_refused(f, n):
     with pytest.raises(ValueError, match="11 classes can't make"): f(C11, n)
 
