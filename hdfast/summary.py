@@ -39,6 +39,7 @@ ITEMS = [
     Item('Table 7', 'CIFAR-100, MLPs', ('mlp_cifar100',)), Item('Table 8', 'CIFAR-100, CNNs', ('cnn_cifar100',)),
     Item('Table 9', 'CIFAR-100, given and learned clusters', ('selection_cnn_cifar100',)),
     Item('Table 10', 'CalTech-101 and CIFAR-100, all models', ('selection_cnn_caltech101', 'selection_joint_caltech101', 'selection_cnn_cifar100', 'selection_joint_cifar100')),
+    Item('Table 10', 'CalTech-101, adaptive transfer', ('transfer_caltech101',)),
     Item('Table 10', 'CalTech-256, joint model', ('selection_joint_caltech256',), images='CalTech-256'),
     Item('Table 11', 'ImageNet, transfer learning', (), images='ImageNet'),
     *[Item(f'Table {i}', what, ('memory',)) for i, what in ((12, 'memory of CNN_TL'), (13, 'memory and accuracy'),
@@ -64,9 +65,9 @@ def _accuracies(table):
                 yield dict(number=f"{r['gamma']}, {what}", ours=r[ours], sd=r[f'{ours} sd'], n=r['n'], paper=r[f'paper {what}'], verdict=verdict(r[ours], r[f'paper {what}']))
 
 def _selected(table):
-    "Lines of Tables 9 and 10: accuracy of every way to choose experts."
+    "Lines of Tables 9 and 10: accuracy of every way to choose experts, or of every model."
     for r in table.to_dict('records'):
-        name = ', '.join(str(r[c]) for c in ('clustering', 'clusters', 'experts') if pd.notna(r[c]))
+        name = ', '.join(str(r[c]) for c in ('clustering', 'clusters', 'experts', 'model') if pd.notna(r.get(c)))
         yield dict(number=name, ours=r['accuracy'], sd=r['sd'], n=r['n'], paper=r['paper'], verdict=verdict(r['accuracy'], r['paper']))
 
 def _accounts(table, item):
@@ -92,7 +93,10 @@ def lines_of(
 ) -> list:     # of dicts; FileNotFoundError if the experiment hasn't been run
     "The numbers of an experiment that belong to an item, each beside the paper's."
     table, about = load_result(out, name)
-    lines = _layers(out, name, item.name) if item.name in ('Table 14', 'Table 15', 'Table 16') else _accounts(table, item.name) if 'account' in table else _selected(table) if 'experts' in table else _accuracies(table)
+    if item.name in ('Table 14', 'Table 15', 'Table 16'): lines = _layers(out, name, item.name)
+    elif 'account' in table: lines = _accounts(table, item.name)
+    elif 'accuracy' in table: lines = _selected(table)
+    else: lines = _accuracies(table)
     made = about['provenance']
     commit = (made['git_sha'] or 'unknown')[:10] + ('+' if made['git_dirty'] else '')
     return [dict(item=item.name, experiment=name, **line, profile=made['profile'], device=made['device'], commit=commit) for line in lines]
