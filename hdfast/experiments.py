@@ -275,7 +275,6 @@ EXPERIMENTS = {e.name: e for e in [
     _hierarchy('mlp_caltech256', 'Table 5', 'caltech256', 'mlp', 104, [0, 3, 5], 6),
     _hierarchy('cnn_caltech256', 'Table 6', 'caltech256', 'cnn', 104, [0, 3, 5], 6),
     _hierarchy('mlp_cifar100', 'Table 7', 'cifar100', 'mlp', 30, [0, 3, 5], 3),
-    _hierarchy('mlp_cifar100_seeds', 'Table 7', 'cifar100', 'mlp', 30, [0], 3), # without overlap, which takes most of the time
     _hierarchy('cnn_cifar100', 'Table 8', 'cifar100', 'cnn', 30, [0, 3, 5], 3),
     _selection('selection_synthetic', '', 'synthetic', 'mlp', 12, ('given', 'learned'), smoke=dict(epochs=10, runs=1)),
     _selection('selection_mlp_caltech101', 'Table 3', 'caltech101', 'mlp', 44, cpu=dict(epochs=40, runs=6), paper=dict(epochs=40, runs=6)),
