@@ -197,13 +197,15 @@ def _cell_error(copy):
     "What failed in an executed page, or None."
     try: cells = [c for c in json.loads(copy.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
     except (OSError, ValueError): return None
+    counted = max((i for i, c in enumerate(cells, 1) if c['execution_count'] == i), default=0) # up to there the kernel has run all
+    for i, c in enumerate(cells, 1): c['ran'] = i <= counted or c['execution_count'] is not None
     cells = [c for c in cells if 'injected-parameters' not in c['metadata'].get('tags', [])] # count as in the page itself
     for i, cell in enumerate(cells, 1):
         error = next((o for o in cell['outputs'] if o['output_type'] == 'error'), None)
         if error and error['ename'] == 'SystemExit': return f"code cell {i} ended the page early by sys.exit({error['evalue'] or 0})"
         if error: return f"code cell {i} failed: {error['ename']}: {error['evalue']}".rstrip(': ')
     if not all(c['metadata'].get('papermill', {}).get('status') == 'completed' for c in cells): return None
-    missing = next((i for i, c in enumerate(cells, 1) if c['execution_count'] is None), None)
+    missing = next((i for i, c in enumerate(cells, 1) if not c['ran']), None)
     if missing: return f'code cell {missing} did not run'
 
 # %% ../nbs/85_runner.ipynb #9783d834

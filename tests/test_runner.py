@@ -99,6 +99,16 @@ def test_every_experiment_of_the_registry_can_be_planned(tmp_path):
 
 # ---- failures
 
+@pytest.mark.parametrize('counts, why', [
+    ([1, 2, 3], None), ([None, 2, 3], None), ([1, None, 3], None),                          # a message got lost; the kernel has counted the cell
+    ([1, 2, None], 'code cell 3 did not run'), ([None, None, None], 'code cell 1 did not run'),
+    ([1, None, 2], 'code cell 2 did not run'), ([None, 1, 2], 'code cell 1 did not run')])  # the kernel's count leaves one out
+def test_a_cell_has_run_if_it_or_a_later_one_was_counted(tmp_path, counts, why):
+    cells = [nbformat.v4.new_code_cell('x = 1', execution_count=n, metadata=dict(papermill=dict(status='completed'))) for n in counts]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/'copy.ipynb')
+    assert runner._cell_error(tmp_path/'copy.ipynb') == why
+
+
 FAULTS = {
     'exception': ("raise ValueError('no such luck')", 'code cell 2 failed: ValueError: no such luck'),
     'exit_0': ('import sys; sys.exit(0)', 'code cell 2 ended the page early by sys.exit(0)'),
