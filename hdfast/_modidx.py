@@ -401,6 +401,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'hdfast.learners.cluster_view': ('learners.html#cluster_view', 'hdfast/learners.py'),
                                  'hdfast.learners.cnn_learner': ('learners.html#cnn_learner', 'hdfast/learners.py'),
                                  'hdfast.learners.cnn_tl_learner': ('learners.html#cnn_tl_learner', 'hdfast/learners.py'),
+                                 'hdfast.learners.computed_in': ('learners.html#computed_in', 'hdfast/learners.py'),
                                  'hdfast.learners.crop_flip': ('learners.html#crop_flip', 'hdfast/learners.py'),
                                  'hdfast.learners.held_out_confusion': ('learners.html#held_out_confusion', 'hdfast/learners.py'),
                                  'hdfast.learners.input_shape': ('learners.html#input_shape', 'hdfast/learners.py'),

@@ -63,22 +63,24 @@ def device_name(
     device = torch.device(device)
     return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} {device.type.upper()}'
 
-def _arithmetic(device):
+def _arithmetic(device, precision):
     "How numbers are multiplied on a device."
     tf32 = device.type == 'cuda' and torch.get_float32_matmul_precision() != 'highest'
-    return 'float32, products in TF32' if tf32 else 'float32'
+    usual = 'float32, products in TF32' if tf32 else 'float32'
+    return usual if precision == 'float32' else f'{usual}; convolutional networks trained with products in {precision}'
 
 # %% ../nbs/80_experiments.ipynb #cda32f13
 def provenance(
     profile:str,   # name of the profile that the run belongs to
     device=None,   # where networks were trained; fastai's default if not given
+    how=None,      # `Recipe` that they were trained by, if there is one
 ) -> dict:
     "Commit, device, versions: what stands beside every result."
     versions = {m.__name__: m.__version__ for m in (hdfast, torch, fastai, np, scipy, sklearn)}
     device = torch.device(device or default_device())
     name = device_name(device) + (f', {torch.get_num_threads()} thread(s)' if device.type == 'cpu' else '')
     sha, dirty = _commit()
-    return dict(profile=profile, device=name, arithmetic=_arithmetic(device), versions=versions | {'python': platform.python_version()},
+    return dict(profile=profile, device=name, arithmetic=_arithmetic(device, how.precision if how else 'float32'), versions=versions | {'python': platform.python_version()},
                 git_sha=sha, git_dirty=dirty)
 
 # %% ../nbs/80_experiments.ipynb #916debfc
@@ -231,8 +233,8 @@ def caption(
     "Profile, runs, epochs, device, versions and commit of a result in one line."
     p, m = about['parameters'], about['provenance']
     commit = (m['git_sha'] or 'unknown')[:10] + (' with changes' if m['git_dirty'] else '')
-    return (f"profile {m['profile']}, {p['runs']} run(s) of {p['epochs']} epochs, {m['device']}, torch {m['versions']['torch']}, "
-            f"commit {commit}")
+    return (f"profile {m['profile']}, {p['runs']} run(s) of {p['epochs']} epochs, {m['device']}, {m['arithmetic']}, "
+            f"torch {m['versions']['torch']}, commit {commit}")
 
 # %% ../nbs/80_experiments.ipynb #d884ff21
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ class Experiment:
 def _hierarchy(name, table, dataset, family, n_clusters, gammas, runs):
     "A hierarchy experiment on real images."
     shared = dict(name=name, table=table, dataset=dataset, family=family, n_clusters=n_clusters, gammas=gammas)
-    return Experiment(name, table, 'hierarchy.ipynb', shared, {'cpu': dict(epochs=10, runs=1), 'paper': dict(epochs=40, runs=runs)})
+    return Experiment(name, table, 'hierarchy.ipynb', shared, {'cpu': dict(epochs=10, runs=1, precision='bfloat16'), 'paper': dict(epochs=40, runs=runs)})
 
 # %% ../nbs/80_experiments.ipynb #3a51c0f1
 def _accounting(name, table):
@@ -265,6 +267,7 @@ def _synthetic(family, **profiles):
 def _selection(name, table, dataset, family, n_clusters, clusterings=('learned',), **profiles):
     "An experiment on choosing the experts' networks."
     shared = dict(name=name, table=table, dataset=dataset, family=family, n_clusters=n_clusters, clusterings=list(clusterings))
+    if 'cpu' in profiles: profiles['cpu'] |= dict(precision='bfloat16')
     return Experiment(name, table or 'none: made by code', 'selection.ipynb', shared, profiles)
 
 # %% ../nbs/80_experiments.ipynb #80ff0003
@@ -295,7 +298,7 @@ EXPERIMENTS = {e.name: e for e in [
                {'cpu': {}, 'paper': dict(more_sizes=[20_000])}, alone=True)]}
 
 # %% ../nbs/80_experiments.ipynb #c8651414
-_few = ['shared trunk', 'pace n', 'wide trunk, batch norm, drop', 'wide trunk, batch norm, drop, one cluster', 'HD-CNN']
+_few = ['shared trunk', 'wide trunk, batch norm, drop', 'wide trunk, batch norm, drop, one cluster', 'HD-CNN']
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
 
 def _trunk(dataset, how, name=None, **profiles):
@@ -306,7 +309,8 @@ def _trunk(dataset, how, name=None, **profiles):
 
 def _trunks(dataset, how):
     "The shared-trunk experiment on real images."
-    return _trunk(dataset, how, cpu=dict(epochs=8, runs=1, flats=_cnns[:2], variants=_few, max_size=5),
+    length = dict(epochs=16, runs=1) if dataset.startswith('caltech') else dict(epochs=8, runs=3)
+    return _trunk(dataset, how, cpu=length | dict(precision='bfloat16', flats=_cnns, variants=_few, max_size=5),
                   paper=dict(epochs=0, runs=3, flats=_cnns, variants=[], max_size=5))
 
 EXPERIMENTS |= {e.name: e for e in [
@@ -330,5 +334,5 @@ _on_cifar100 = dict(options={}, size=64, network='CNN_TL_5', bs=128, lr=1e-3)
 
 EXPERIMENTS |= {e.name: e for e in [
     _pretrain('synthetic', smoke={}), _transfer('synthetic', 'pretrain_synthetic', '', {}, smoke={}),
-    _pretrain('cifar100', cpu=_on_cifar100 | dict(epochs=3), paper=_on_cifar100 | dict(epochs=20)),
-    _transfer('caltech101', 'pretrain_cifar100', 'Table 10', _from_cifar100, cpu=dict(epochs=5, runs=1), paper=dict(epochs=40, runs=6))]}
+    _pretrain('cifar100', cpu=_on_cifar100 | dict(epochs=3, precision='bfloat16'), paper=_on_cifar100 | dict(epochs=20)),
+    _transfer('caltech101', 'pretrain_cifar100', 'Table 10', _from_cifar100, cpu=dict(epochs=5, runs=1, precision='bfloat16'), paper=dict(epochs=40, runs=6))]}

@@ -9,6 +9,7 @@ __all__ = ['schedule', 'train', 'can_be_recorded', 'Job', 'save_weights', 'code_
 # %% ../nbs/45_families.ipynb #5f0a1c04
 import ast, hashlib, json, os
 from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache as cached, partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from . import networks
 from .inference import predict_in_batches
-from .learners import ImageDL, ImageView, Recipe, ViewDataLoaders, build_network, check_predictions, input_shape
+from .learners import ImageDL, ImageView, Recipe, ViewDataLoaders, build_network, check_predictions, computed_in, input_shape
 from .learners import torch_optimizers, training_loader
 from .networks import network_spec
 
@@ -79,7 +80,7 @@ def train(
     "Train by `recipe` with cross entropy; FloatingPointError if the loss stops being finite."
     device = torch.device(dls.device)
     net, dl = net.to(device).train(), training_loader(dls, recipe.bs, seed)
-    with torch.random.fork_rng():
+    with computed_in(recipe, net, device), torch.random.fork_rng():
         torch.manual_seed(seed)
         if device.type == 'cuda' and can_be_recorded(dls): _train_recorded([net], [dl], recipe, [name], device, on_epoch)
         else: _train_eagerly(net, dl, device, recipe, name, on_epoch)
@@ -409,7 +410,8 @@ def _train_alone(jobs, recipe): return [train(job.build(), job.dls, recipe, job.
 def _train_side_by_side(jobs, recipe):
     "Train on a GPU from recorded steps; dropout is seeded by the first job."
     nets, loaders = [job.build() for job in jobs], [training_loader(job.dls, recipe.bs, job.seed) for job in jobs]
-    with torch.random.fork_rng():
+    with ExitStack() as stack, torch.random.fork_rng():
+        for job, net in zip(jobs, nets): stack.enter_context(computed_in(recipe, net, job.dls.device))
         torch.manual_seed(jobs[0].seed)
         _train_recorded(nets, loaders, recipe, [job.name for job in jobs], torch.device(jobs[0].dls.device))
     for job, net in zip(jobs, nets): check_predictions(net.eval(), job.dls, job.name)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['torch_optimizers', 'optimizers', 'RECIPES', 'View', 'ImageView', 'Normalization', 'ImageDL', 'ViewDataLoaders',
-           'crop_flip', 'DatasetView', 'as_view', 'cluster_view', 'class_view', 'Recipe', 'recipe', 'StopOnNaN',
-           'SkipValidation', 'check_predictions', 'training_loader', 'build_network', 'network_learner', 'input_shape',
-           'mlp_learner', 'cnn_learner', 'cnn_tl_learner', 'probabilities', 'accuracy_on', 'held_out_confusion']
+           'crop_flip', 'DatasetView', 'as_view', 'cluster_view', 'class_view', 'Recipe', 'recipe', 'computed_in',
+           'StopOnNaN', 'SkipValidation', 'check_predictions', 'training_loader', 'build_network', 'network_learner',
+           'input_shape', 'mlp_learner', 'cnn_learner', 'cnn_tl_learner', 'probabilities', 'accuracy_on',
+           'held_out_confusion']
 
 # %% ../nbs/40_learners.ipynb #a42bf9b7
 import random
@@ -230,8 +231,9 @@ class Recipe:
     optimizer:str='sgd' # 'sgd' (momentum 0.9) or 'adam'
     wd:float=0.         # weight decay
     bs:int=128          # batch size
+    precision:str='float32' # of products while a network with convolutions is trained: 'float32' or 'bfloat16'
     def __post_init__(self):
-        for field, choices in (('schedule', ('constant', 'one_cycle')), ('optimizer', tuple(optimizers))):
+        for field, choices in (('schedule', ('constant', 'one_cycle')), ('optimizer', tuple(optimizers)), ('precision', ('float32', 'bfloat16'))):
             value = getattr(self, field)
             if value not in choices: raise ValueError(f"{field} must be one of {', '.join(choices)}, not {value!r}")
         if self.epochs < 1: raise ValueError(f"a recipe needs at least one epoch, got {self.epochs}")
@@ -253,6 +255,22 @@ def recipe(
     if isinstance(name, str) and name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
     return replace(RECIPES[name] if isinstance(name, str) else name, **changes)
+
+# %% ../nbs/40_learners.ipynb #22d80bd7
+@contextmanager
+def computed_in(
+    recipe:Recipe,
+    net:nn.Module, # changed within the context only
+    device         # where it computes
+):
+    "Let `net` compute in the precision of `recipe`, if it has convolutions, and give scores in float32."
+    mixed, forward = recipe.precision == 'bfloat16' and any(isinstance(m, nn.Conv2d) for m in net.modules()), net.forward
+    def in_bfloat16(*args):
+        with torch.autocast(torch.device(device).type, torch.bfloat16): scores = forward(*args)
+        return scores.float()
+    if mixed: net.forward = in_bfloat16
+    try: yield net
+    finally: vars(net).pop('forward', None)
 
 # %% ../nbs/40_learners.ipynb #6d287735
 class StopOnNaN(Callback):
@@ -277,7 +295,7 @@ def fit_recipe(self:Learner,
     "Train by `recipe`; FloatingPointError if the loss stops being finite."
     self.opt_func, self.opt = optimizers[recipe.optimizer], None
     fit = self.fit_one_cycle if recipe.schedule == 'one_cycle' else self.fit
-    with _own_batches(self, recipe.bs, seed), torch.random.fork_rng():
+    with _own_batches(self, recipe.bs, seed), computed_in(recipe, self.model, self.dls.device), torch.random.fork_rng():
         torch.manual_seed(seed)
         fit(recipe.epochs, recipe.lr, wd=recipe.wd, cbs=StopOnNaN(name))
         check_predictions(self.model.eval(), self.dls, name)

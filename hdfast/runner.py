@@ -101,7 +101,7 @@ def tasks_of(
     whole, n = Task(e.name, page, parameters, tuple(e.needs), e.alone), parameters.get('runs', 1)
     if jobs == 1 or n == 1 or not SPLIT <= page_parameters(page).keys(): return [whole]
     apart = dict(runs=1, out=str(out/'pages'/'parts'), networks=str(out/'networks'))
-    parts = [replace(whole, name=(name := f'{e.name}.{i+1}'), parameters=parameters | apart | dict(first=i, name=name), part=True) for i in range(n)]
+    parts = [replace(whole, name=(name := f'{e.name}.{i+1}'), parameters=parameters | apart | dict(first=i, name=name), alone=False, part=True) for i in range(n)]
     return [*parts, replace(whole, needs=tuple(p.name for p in parts))]
 
 # %% ../nbs/85_runner.ipynb #b33a2c46

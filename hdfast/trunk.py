@@ -195,7 +195,7 @@ def forward(self:FusedHeads, x):
     x = self.body(x).flatten(1)
     x = x.unflatten(1, (n, -1)).transpose(0, 1) if len(self.body) else x.expand(n, *x.shape)
     for layer in self.layers: x = layer(x) if isinstance(layer, nn.Dropout) else layer(x).relu()
-    return self.out(x).masked_fill(self.absent, -torch.inf)
+    return self.out(x).float().masked_fill(self.absent, -torch.inf) # whatever the precision, likelihoods are in float32
 
 # %% ../nbs/55_trunk.ipynb #281cc145
 @patch
@@ -315,9 +315,9 @@ class Distilled(nn.Module):
     @torch.no_grad()
     def beliefs(self, x):
         "Mean of the teachers' softened probabilities."
-        return sum((t(x)/self.temperature).softmax(1) for t in self._teachers)/len(self._teachers)
+        return sum((t(x).float()/self.temperature).softmax(1) for t in self._teachers)/len(self._teachers)
     def forward(self, x):
-        scores = self.student(x)
+        scores = self.student(x).float()
         if not self.training: return scores
         soft = (scores/self.temperature).log_softmax(1)
         extra = self.share*self.temperature**2*F.kl_div(soft, self.beliefs(x), reduction='batchmean')
