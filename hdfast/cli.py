@@ -315,8 +315,7 @@ def _answers(model, images, top):
     "For each image its cluster and its `top` classes, as (name, probability)."
     import numpy as np, torch
     x = torch.from_numpy(np.stack(images))
-    probs = model.predict_proba(x)
-    with torch.no_grad(): routed = torch.zeros(len(x)) if model.router is None else model.router(model.normalize(x)).argmax(1)
+    probs, routed = model.predict_proba(x), model.cluster_proba(x).argmax(1)
     best = probs.argsort(1)[:, ::-1][:, :top]
     named = lambda row, ids: [(model.hierarchy.classes[c], round(float(row[c]), 6)) for c in ids]
     return [(int(q), named(row, ids)) for q, row, ids in zip(routed, probs, best)]

@@ -189,6 +189,14 @@ def predict(self:HierarchicalClassifier,
     "The most probable class of each image."
     return self.predict_proba(images, **kwargs).argmax(1)
 
+@patch
+def cluster_proba(self:HierarchicalClassifier,
+    images,    # as for `predict_proba`
+) -> np.ndarray: # (N, n_clusters), rows sum to 1
+    "Probability of each cluster, from the hierarchy classifier."
+    n, take, _ = self._inputs(images)
+    return self._opinions(n, take)[0].numpy()
+
 # %% ../nbs/50_hierarchical.ipynb #2157383a
 def routing_scores(
     routed, # (N,) cluster each image is sent to
@@ -390,11 +398,14 @@ def load(cls:HierarchicalClassifier,
     except (KeyError, TypeError, AttributeError, SafetensorError) as e:
         raise ValueError(f"{folder} is damaged: {e!r}") from e
 
+def _kinds(cls): return [cls, *(kind for below in cls.__subclasses__() for kind in _kinds(below))]
+
 @patch(cls_method=True)
 def _read(cls:HierarchicalClassifier, d, state):
-    "A classifier from its description and its weights."
-    if d.get('format') != cls._format: raise ValueError(f"classifier.json has format {d.get('format')!r}; this version of hdfast reads {cls._format!r}")
-    self = cls._from_config(d)
+    "A classifier, of the kind that its description says, from that and its weights."
+    kinds = {kind._format: kind for kind in _kinds(cls)}
+    if d.get('format') not in kinds: raise ValueError(f"classifier.json has format {d.get('format')!r}; known here, after what was imported, are {', '.join(kinds)}")
+    self = kinds[d['format']]._from_config(d)
     _check_state(state, self._state())
     self._load_state(state)
     return self
