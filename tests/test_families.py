@@ -11,7 +11,7 @@ from torch import nn
 
 import hdfast.families as families
 from hdfast.families import Job, _train_fused, _train_recorded, code_version, feature_dataloaders, features, fit_network, fit_networks, network_key, train
-from hdfast.learners import (Normalization, SkipValidation, ViewDataLoaders, build_network, class_view, cluster_view, crop_flip, input_shape, network_learner,
+from hdfast.learners import (Normalization, SkipValidation, ViewDataLoaders, build_network, class_view, cluster_view, computed_in, crop_flip, input_shape, network_learner,
                              recipe, training_loader)
 from hdfast.networks import network_spec, seeded
 from hdfast.trunk import flat_network
@@ -64,6 +64,29 @@ def test_the_loop_gives_a_learners_network_with_weight_decay(dls, how):
 def test_the_loop_gives_a_learners_network_on_a_users_loaders(image_folder):
     dls = ImageDataLoaders.from_folder(image_folder, valid_pct=.2, seed=0, bs=32, num_workers=0, device='cpu')
     assert same(by_learner(dls, 'CNN_3', HOW['one_cycle'], 5), by_loop(dls, 'CNN_3', HOW['one_cycle'], 5))
+
+
+@recipes
+def test_in_bfloat16_the_loop_gives_a_learners_network_to_the_bit_and_another_than_in_float32(dls, how):
+    rounded, view = replace(how, precision='bfloat16'), class_view(dls, range(3))
+    net = by_loop(view, 'CNN_3', rounded, 2)
+    assert same(by_learner(view, 'CNN_3', rounded, 2), net) and not same(by_loop(view, 'CNN_3', how, 2), net)
+    assert 'forward' not in vars(net) and all(p.dtype == torch.float32 for p in net.parameters())
+
+
+def test_recorded_steps_take_the_precision_too(dls):
+    rounded, view = replace(HOW['paper'], precision='bfloat16'), class_view(dls, range(3))
+    net = build_network(dry_cnn, 3, input_shape(view), seed=2).train()
+    with computed_in(rounded, net, CPU): _train_recorded([net], [training_loader(view, rounded.bs, 2)], rounded, ['one'], CPU)
+    assert gap(net, by_loop(view, dry_cnn, rounded, 2)) < 1e-6
+
+
+def test_perceptrons_are_trained_in_float32_whatever_the_precision(dls):
+    assert same(*[by_loop(dls, 'MLP_8', replace(HOW['paper'], precision=p), 0) for p in ('float32', 'bfloat16')])
+
+
+def test_the_precision_is_part_of_the_key(dls):
+    assert len({network_key(Job(dls, 'CNN_3'), replace(HOW['paper'], precision=p)) for p in ('float32', 'bfloat16')}) == 2
 
 
 def test_training_leaves_the_global_random_state_alone(dls):

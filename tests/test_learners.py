@@ -259,7 +259,7 @@ def test_the_recipe_called_paper_is_the_papers():
 
 
 @pytest.mark.parametrize('name, changes, message', [('papr', {}, 'there are paper, one_cycle'), ('paper', dict(schedule='cosine'), 'schedule'),
-                                                    ('paper', dict(optimizer='lion'), 'sgd, adam'), ('paper', dict(epochs=0), 'at least one epoch')])
+                                                    ('paper', dict(optimizer='lion'), 'sgd, adam'), ('paper', dict(precision='float16'), 'float32, bfloat16'), ('paper', dict(epochs=0), 'at least one epoch')])
 def test_a_recipe_that_makes_no_sense_is_refused(name, changes, message):
     with pytest.raises(ValueError, match=message): recipe(name, **changes)
 
