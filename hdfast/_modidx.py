@@ -14,6 +14,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'hdfast.cli._epoch_reporter': ('cli.html#_epoch_reporter', 'hdfast/cli.py'),
                             'hdfast.cli._files': ('cli.html#_files', 'hdfast/cli.py'),
                             'hdfast.cli._fit_hierarchy': ('cli.html#_fit_hierarchy', 'hdfast/cli.py'),
+                            'hdfast.cli._fit_trunk': ('cli.html#_fit_trunk', 'hdfast/cli.py'),
                             'hdfast.cli._forecast': ('cli.html#_forecast', 'hdfast/cli.py'),
                             'hdfast.cli._help': ('cli.html#_help', 'hdfast/cli.py'),
                             'hdfast.cli._images': ('cli.html#_images', 'hdfast/cli.py'),

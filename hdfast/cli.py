@@ -151,7 +151,7 @@ def _seconds_an_epoch(dls, spec, how):
 def _forecast(dls, how, networks):
     "Print about how long flat net, router and experts will train."
     seconds = [how.epochs*_seconds_an_epoch(dls, name, how) for name in networks]
-    parts = ', '.join(f'{what} {about(s)}' for what, s in zip(('flat net', 'router', 'experts'), seconds))
+    parts = ', '.join(f'{what} {about(s)}' for what, s in zip(('flat net', 'router', 'experts') if len(seconds) == 3 else ('flat net', 'trunk'), seconds))
     parts = f' ({parts})' if sum(seconds) >= 60 else ''
     print(f'      training on {dls.device}, {how.epochs} epochs, recipe {how.name}: '
           f'{about(sum(seconds))} in all, judging by a few batches{parts}', flush=True)
@@ -209,6 +209,12 @@ def _fit_hierarchy(dls, h, router, expert, how, seed, networks):
     if h.n_clusters > 1: _train(cluster_view(dls, h), router, how, seed, 'the hierarchy classifier', networks)
     with _bars(): return HierarchicalClassifier(h, router, expert, how, seed).fit(dls, networks)
 
+# %% ../nbs/90_cli.ipynb #0988fbfa
+def _fit_trunk(dls, h, name, how, seed, networks):
+    "Train router and experts on the convolutions of network `name`."
+    from hdfast.trunk import TrunkClassifier, trunk_spec
+    return TrunkClassifier(h, trunk_spec(name), how, seed).fit(dls, networks)
+
 # %% ../nbs/90_cli.ipynb #adce79c3
 def _compare(model, dls, flat, out):
     "Evaluate flat net and hierarchy on the test images, print the table and write it."
@@ -231,13 +237,14 @@ def decompose(
     flat:str='CNN_1',     # the flat network: CNN_1 to CNN_5, CNN_TL_1 to CNN_TL_5, or an MLP such as MLP_200_150
     router:str='CNN_2',   # the network that picks a cluster
     expert:str='CNN_3',   # the networks that decide within a cluster
+    trunk:str=None,       # let router and experts share the convolutions of this network, in place of --router and --expert
     seed:int=0,           # of everything random
     skip_corrupt:bool=False, # leave out files that are no readable images instead of stopping
     device:str=None,      # cpu, cuda or mps (default: the best there is)
 ) -> int: # exit status
     "Turn a folder of images into a router and small experts, compare them with one flat network, and save them."
     from hdfast.inference import keep_memory
-    out, kinds = Path(out), (flat, router, expert)
+    out, kinds = Path(out), (flat, trunk) if trunk else (flat, router, expert)
     keep_memory()
     how = _plan(recipe, epochs, size, gamma, clusters, seed, kinds)
     _check_out(out, folder)
@@ -253,21 +260,24 @@ def decompose(
 def _plan(recipe, epochs, size, gamma, clusters, seed, kinds):
     "The `Recipe`, after a look at all settings."
     from hdfast import learners
+    from hdfast.trunk import trunk_spec
     how = learners.recipe(recipe, **({} if epochs is None else {'epochs': epochs}))
     _check_settings(size, gamma, clusters, seed, kinds)
+    if len(kinds) == 2: trunk_spec(kinds[1]) # refuses a network without convolutions
     return how
 
 # %% ../nbs/90_cli.ipynb #846b56d8
 def _decompose(images, dls, how, out, clusters, gamma, kinds, seed):
     "Flat net, clusters, hierarchy, comparison; returns the exit status."
     from hdfast.experiments import provenance
-    (flat, router, expert), networks = kinds, out/'networks'
+    (flat, *rest), networks = kinds, out/'networks'
     print(f'[2/5] Flat network {flat}', flush=True)
     net = _train(dls, flat, how, seed, 'the flat network', networks)
     print('[3/5] Clusters of classes that it takes for each other', flush=True)
     h = _cluster(net, dls, clusters, gamma, out)
-    print(f'[4/5] Hierarchy: router {router}, {sum(len(q) > 1 for q in h.clusters)} experts {expert}', flush=True)
-    model = _fit_hierarchy(dls, h, router, expert, how, seed, networks)
+    n = sum(len(q) > 1 for q in h.clusters)
+    print('[4/5] Hierarchy: ' + (f'router {rest[0]}, {n} experts {rest[1]}' if len(rest) == 2 else f'router and {n} experts on the convolutions of {rest[0]}'), flush=True)
+    model = (_fit_hierarchy if len(rest) == 2 else _fit_trunk)(dls, h, *rest, how, seed, networks)
     print('[5/5] Comparison on the test images', flush=True)
     _compare(model, dls, net, out)
     about_it = dict(images=images.name, fingerprint=images.fingerprint(), flat=flat)
@@ -280,6 +290,7 @@ def _decompose(images, dls, how, out, clusters, gamma, kinds, seed):
 def _load(folder):
     "The classifier saved in `folder` or in `folder`/model; ValueError or FileNotFoundError that says what is wrong."
     from hdfast.hierarchical import HierarchicalClassifier
+    from hdfast.trunk import TrunkClassifier # so that its folders are known
     from safetensors import SafetensorError
     folder = Path(folder)
     if not (folder/'classifier.json').exists() and (folder/'model'/'classifier.json').exists(): folder = folder/'model'

@@ -13,6 +13,7 @@ from hdfast import __version__, cli, datasets, experiments, hierarchical, learne
 from hdfast.cli import COMMANDS, EXAMPLES, about, main
 from hdfast.clustering import ClassHierarchy
 from hdfast.hierarchical import HierarchicalClassifier
+from hdfast.trunk import TrunkClassifier
 
 MLPS = ['--flat', 'MLP_30', '--router', 'MLP_10', '--expert', 'MLP_10', '--size', 16, '--device', 'cpu', '--clusters', 3]
 SHORT = [*MLPS, '--recipe', 'one_cycle', '--epochs', 8]
@@ -198,6 +199,17 @@ def test_predict_takes_the_model_too_and_files_and_folders(family, image_folder,
     assert capsys.readouterr().out.startswith(f"{one}: {first['class']} {first['probability']:.1%} (cluster {first['cluster']}), ")
 
 
+def test_router_and_experts_on_one_trunk(image_folder, tmp_path, capsys):
+    out, settings = tmp_path/'family', ['--flat', 'MLP_30', '--trunk', 'CNN_2', '--size', 16, '--clusters', 3, '--recipe', 'one_cycle', '--epochs', 1, '--device', 'cpu']
+    assert main(['decompose', image_folder, '--out', out, *settings]) == 0
+    assert 'on the convolutions of CNN_2' in capsys.readouterr().out
+    photo = next(p for p in sorted(Path(image_folder).rglob('*')) if p.suffix in ('.png', '.jpg'))
+    assert main(['predict', out, photo, '--json']) == 0
+    said, model = json.loads(capsys.readouterr().out), HierarchicalClassifier.load(out/'model')
+    assert type(model) is TrunkClassifier
+    assert said['cluster'] in range(model.hierarchy.n_clusters) and said['class'] in model.hierarchy.classes
+
+
 def test_predict_answers_the_readable_images(family, image_folder, tmp_path, capsys):
     good, half = next((image_folder/'amber-3').iterdir()), tmp_path/'half.png'
     half.write_bytes(good.read_bytes()[:100])
@@ -240,6 +252,7 @@ BAD = {
     'out is a file': (['decompose', '{folder}', '--out', '{file}'], 'is a file'),
     'out among the images': (['decompose', '{folder}', '--out', '{folder}/out'], 'choose a folder elsewhere'),
     'out has another model': (['decompose', '{folder}', '--out', '{taken}'], 'other than a saved classifier'),
+    'trunk': (['decompose', '{folder}', '--out', '{new}', '--trunk', 'MLP_10'], 'at least one must stay in the trunk'),
     'network': (['decompose', '{folder}', '--out', '{new}', '--router', 'CNN_9'], "no network is called 'CNN_9'"),
     'recipe': (['decompose', '{folder}', '--out', '{new}', '--recipe', 'slow'], "no recipe 'slow'; there are paper, one_cycle"),
     'epochs': (['decompose', '{folder}', '--out', '{new}', '--epochs', '0'], 'at least one epoch'),
