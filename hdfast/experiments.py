@@ -335,3 +335,17 @@ EXPERIMENTS |= {e.name: e for e in [
     _pretrain('synthetic', smoke={}), _transfer('synthetic', 'pretrain_synthetic', '', {}, smoke={}),
     _pretrain('cifar100', cpu=_on_cifar100 | dict(epochs=3, precision='bfloat16'), paper=_on_cifar100 | dict(epochs=20)),
     _transfer('caltech101', 'pretrain_cifar100', 'Table 10', _from_cifar100, cpu=dict(epochs=5, runs=1, precision='bfloat16', experts=['CNN_TL_5', 'CNN_TL_3']), paper=dict(epochs=40, runs=6))]}
+
+# %% ../nbs/80_experiments.ipynb #80ff0006
+_like_vgg_f = dict(options=dict(seed=0), size=224, bs=128)
+
+def _imagenet(n, n_clusters):
+    "Fig. 7b and Table 11 on `n` classes of ImageNet."
+    images = f'imagenet{n}'
+    tree = dict(name=f'cnn_{images}', dataset=images, family='cnn', n_clusters=n_clusters, gammas=[0])
+    nets = dict(flat='CNN_TL_1', router='CNN_TL_3', experts=[f'CNN_TL_{i}' for i in (5, 4, 3, 2)], n_clusters=n_clusters)
+    return [Experiment(tree['name'], 'Fig. 7b', 'hierarchy.ipynb', tree, {'paper': dict(epochs=40, runs=1)}),
+            _pretrain(images, paper=_like_vgg_f | dict(network='CNN_TL_1', epochs=20, lr=1e-3)),
+            _transfer(images, f'pretrain_{images}', 'Table 11', _like_vgg_f | nets, paper=dict(epochs=40, runs=1))]
+
+EXPERIMENTS |= {e.name: e for e in [*_imagenet(100, 9), *_imagenet(200, 18)]}
