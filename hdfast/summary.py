@@ -27,8 +27,8 @@ class Item:
 ITEMS = [
     Item('Fig. 1', 'a hierarchical network', ('diagrams',), 'diagrams_fig1'), Item('Fig. 2', 'three phases', ('diagrams',), 'diagrams_fig2'),
     Item('Fig. 3', 'clustering of 11 toy classes', ('diagrams',), 'diagrams_fig3'),
-    Item('Fig. 4', 'network selection', ('selection_cnn_cifar100', 'selection_synthetic'), '{}_candidates'),
-    Item('Fig. 5', 'hierarchical network with selected experts', ('selection_cnn_cifar100', 'selection_synthetic'), '{}_selected'),
+    Item('Fig. 4', 'network selection', ('selection_cnn_cifar100', 'selection_mlp_caltech101', 'selection_synthetic'), '{}_candidates'),
+    Item('Fig. 5', 'hierarchical network with selected experts', ('selection_cnn_cifar100', 'selection_mlp_caltech101', 'selection_synthetic'), '{}_selected'),
     Item('Fig. 6a', 'dendrogram, CalTech-101', ('cnn_caltech101',), 'cnn_caltech101_dendrogram'),
     Item('Fig. 6b', 'dendrogram, CalTech-256', ('cnn_caltech256',), 'cnn_caltech256_dendrogram', 'CalTech-256'),
     Item('Fig. 7a', 'dendrogram, CIFAR-100', ('cnn_cifar100',), 'cnn_cifar100_dendrogram'),
