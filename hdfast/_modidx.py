@@ -180,6 +180,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'hdfast.experiments._transfer': ('experiments.html#_transfer', 'hdfast/experiments.py'),
                                     'hdfast.experiments._trunk': ('experiments.html#_trunk', 'hdfast/experiments.py'),
                                     'hdfast.experiments._trunks': ('experiments.html#_trunks', 'hdfast/experiments.py'),
+                                    'hdfast.experiments._trust': ('experiments.html#_trust', 'hdfast/experiments.py'),
                                     'hdfast.experiments.caption': ('experiments.html#caption', 'hdfast/experiments.py'),
                                     'hdfast.experiments.device_name': ('experiments.html#device_name', 'hdfast/experiments.py'),
                                     'hdfast.experiments.hierarchy_rows': ('experiments.html#hierarchy_rows', 'hdfast/experiments.py'),

@@ -18,6 +18,7 @@ from .families import *
 from .hierarchical import *
 from .trunk import *
 from .hdcnn import *
+from .trust import *
 from .selection import *
 from .transfer import *
 from .plots import *

@@ -318,6 +318,18 @@ EXPERIMENTS |= {e.name: e for e in [
     *(_trunk(dataset, how, f'trunk_trial_{dataset}_{how}', paper=dict(epochs=0, runs=1, flats=_cnns, variants=[], max_size=5))
       for dataset in ('cifar100', 'caltech101') for how in ('paper', 'one_cycle'))]}
 
+# %% ../nbs/80_experiments.ipynb #80fe0002
+def _trust(dataset, **profiles):
+    "Calibration, answers that stop at the cluster and distances of mistakes."
+    shared = dict(name=f'trust_{dataset}', dataset=dataset, how='one_cycle')
+    return Experiment(f'trust_{dataset}', 'none: beyond the paper', 'trust.ipynb', shared, profiles)
+
+_as_trunks = dict(epochs=0, max_size=5, variants=_few[:2], wished=.8)
+
+EXPERIMENTS |= {e.name: e for e in [
+    _trust('synthetic', smoke=dict(epochs=3, runs=1, max_size=4, variants=_few[:1])),
+    _trust('cifar100', cpu=_as_trunks | dict(runs=1, precision='bfloat16'), paper=_as_trunks | dict(runs=3))]}
+
 # %% ../nbs/80_experiments.ipynb #80ff0002
 def _pretrain(dataset, **profiles):
     "Pre-training of a CNN_TL."

@@ -19,7 +19,7 @@ from scipy.cluster.hierarchy import cophenet
 from scipy.optimize import minimize_scalar
 from scipy.spatial.distance import squareform
 from .clustering import ClassHierarchy, palette
-from .hierarchical import HierarchicalClassifier, calibration_error, combine
+from .hierarchical import HierarchicalClassifier, _kinds, calibration_error, combine
 
 # %% ../nbs/57_trust.ipynb #57a00008
 def temper(
@@ -215,11 +215,9 @@ def calibrate(
 # %% ../nbs/57_trust.ipynb #57a0003d
 def _kind(format):
     "The class of classifiers that is saved in a format."
-    kinds = [HierarchicalClassifier]
-    for kind in kinds: kinds += kind.__subclasses__() # grows while we go through it
-    for kind in kinds:
-        if kind._format == format: return kind
-    raise ValueError(f"nothing is known of the format {format!r}: import the module with its class first")
+    kinds = {kind._format: kind for kind in _kinds(HierarchicalClassifier)}
+    if format not in kinds: raise ValueError(f"nothing is known of the format {format!r}: import the module with its class first")
+    return kinds[format]
 
 @patch
 def _config(self:CalibratedClassifier):
