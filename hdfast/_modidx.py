@@ -649,6 +649,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'hdfast.summary._accounts': ('summary.html#_accounts', 'hdfast/summary.py'),
                                 'hdfast.summary._accuracies': ('summary.html#_accuracies', 'hdfast/summary.py'),
                                 'hdfast.summary._against_flat': ('summary.html#_against_flat', 'hdfast/summary.py'),
+                                'hdfast.summary._calibrations': ('summary.html#_calibrations', 'hdfast/summary.py'),
                                 'hdfast.summary._caption': ('summary.html#_caption', 'hdfast/summary.py'),
                                 'hdfast.summary._family': ('summary.html#_family', 'hdfast/summary.py'),
                                 'hdfast.summary._layers': ('summary.html#_layers', 'hdfast/summary.py'),

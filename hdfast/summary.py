@@ -55,7 +55,8 @@ BEYOND = [
     Item('Beyond 4', 'memory of the whole family of Table 13, in MB', ('memory',)),
     Item('Beyond 5', 'speed of loading images, as a ratio', ('benchmark_loader',)),
     Item('Beyond 6', 'speed of training and of asking, as a ratio', ('benchmark_speed',)),
-    Item('Beyond 7', 'speed of linking many classes, as a ratio', ('benchmark_linkage',))]
+    Item('Beyond 7', 'speed of linking many classes, as a ratio', ('benchmark_linkage',)),
+    Item('Beyond 8', 'calibration error of flat net and hierarchies, CIFAR-100', ('trust_cifar100',))]
 ITEMS += [Item('Table 13', 'HD-CNN, measured', _trunks, verdict='other images and networks than the paper\'s'), *BEYOND]
 
 # %% ../nbs/82_summary.ipynb #34527388
@@ -123,6 +124,13 @@ def _trunk(table, item):
         yield dict(number=f"{r['model']}, {r['routing']}, accuracy", ours=r['accuracy'], sd=r['sd'], n=r['n'], verdict=item.verdict or _against_flat(r))
         if item.name == 'Table 13': yield dict(number=f"{r['model']}, {r['routing']}, weights in MB", ours=4*r['parameters']/2**20, verdict=item.verdict)
 
+# %% ../nbs/82_summary.ipynb #82fe0001
+def _calibrations(table):
+    "Lines on trust: calibration error before and after, of flat nets and full products."
+    for r in table[table.routing.isin(['flat', 'product'])].to_dict('records'):
+        more = f"accuracy {r['FC']:.2f}, NLL {r['NLL']:.3f}, a mistake is {r['classes, mistakes']:.1f} classes off"
+        yield dict(number=f"{r['model']}, temperatures {r['temperatures']}", ours=r['calibration error'], sd=r['calibration error sd'], n=r['n'], verdict=more)
+
 # %% ../nbs/82_summary.ipynb #82b0e009
 def _ratios(table, about):
     "Lines of the tables of speed: how many times as fast one side is as the other, and the range over repeats."
@@ -165,6 +173,7 @@ def _lines(item, name, table, about, out):
     if item in BEYOND and name == 'memory': return _family(about)
     if 'account' in table: return _accounts(table, item.name)
     if 'margin' in table: return _trunk(table, item)
+    if 'T router' in table: return _calibrations(table)
     if 'ratio' in table: return _ratios(table, about)
     return _selected(table) if 'accuracy' in table else _accuracies(table, name)
 
@@ -172,7 +181,7 @@ def _marked(line, item, name, about):
     "A line with its protocol, and with the item's own verdict if it has one."
     if 'ours' not in line: return line
     marked = line if not item.verdict else line | dict(verdict=item.verdict)
-    if EXPERIMENTS[name].page == 'trunk.ipynb': return marked | dict(protocol=f"{about['parameters']['epochs']} epochs")
+    if EXPERIMENTS[name].page in ('trunk.ipynb', 'trust.ipynb'): return marked | dict(protocol=f"{about['parameters']['epochs']} epochs")
     return marked | dict(protocol=protocol(name, about, line.get('n', 0)))
 
 # %% ../nbs/82_summary.ipynb #0ce84a4a

@@ -87,6 +87,14 @@ def test_a_result_on_a_part_of_imagenet_is_not_compared_with_all_of_it(tmp_path)
 
 # ---- beyond the paper
 
+def test_calibration_errors_of_flat_net_and_full_products(tmp_path):
+    row = {'temperatures': 'each', 'T router': 1.2, 'FC': 45.5, 'calibration error': 2.5, 'calibration error sd': .2, 'NLL': 2.0614, 'accuracy': 70., 'classes, mistakes': 31.26, 'n': 2}
+    keep(tmp_path, 'trust_cifar100', [row | dict(model='shared trunk', routing=r) for r in ('product', 'top-1', 'expert alone')], profile='cpu', epochs=24)
+    line, = of(tmp_path, 'Beyond 8').to_dict('records')
+    assert line['number'] == 'shared trunk, temperatures each' and line['ours'] == 2.5 and line['protocol'] == '24 epochs'
+    assert line['verdict'] == 'accuracy 45.50, NLL 2.061, a mistake is 31.3 classes off'
+
+
 def test_the_trunk_stands_beside_the_flat_net(tmp_path):
     keep(tmp_path, 'trunk_cifar100_one_cycle', TRUNK, profile='cpu', epochs=8, runs=2)
     lines = of(tmp_path, 'Beyond 1').set_index('number')

@@ -179,6 +179,21 @@ def test_router_of_overlapping_clusters_is_fitted_to_the_sum(overlapping):
     assert home > 1.2 # which a fit to the home clusters doesn't see
 
 
+def test_router_of_overlapping_clusters_is_best_for_the_product(overlapping):
+    o = random_opinions(overlapping, 4, n=1000)
+    y = np.where(np.arange(1000) % 3, o.y, np.roll(o.y, 1)) # a third of the classes are of other images, so that p and q are wrong
+    sharp = Opinions(overlapping, temper(o.p, .4), o.ask, y)
+    t = fit_temperatures(sharp)
+    at = lambda f: negative_log_likelihood(sharp.tempered(Temperatures(t.router*f, t.experts, t.shared)).joint(3), sharp.y)
+    assert t.router < 19 and at(1) < min(at(.97), at(1.03))
+
+
+def test_tempered_by_hand():
+    o = Opinions(toy, torch.tensor([[.9, .1]]), lambda i, rows: (torch.tensor([[.8, .2]]), torch.tensor([[1., 0, 0]]))[i][rows])
+    found = o.tempered(Temperatures(2., (.5, 3.), 1.)).joint(2)
+    assert np.allclose(found, [[.75*16/17, .75/17, .25, 0, 0]])
+
+
 def test_bad_requests_are_refused():
     o = random_opinions(toy, 0)
     with pytest.raises(ValueError, match="'each' or 'shared'"): fit_temperatures(o, 'all')
