@@ -290,7 +290,7 @@ def _decompose(images, dls, how, out, clusters, gamma, kinds, seed):
 def _load(folder):
     "The classifier saved in `folder` or in `folder`/model; ValueError or FileNotFoundError that says what is wrong."
     from hdfast.hierarchical import HierarchicalClassifier
-    from hdfast.trunk import TrunkClassifier # so that its folders are known
+    from hdfast import trunk, trust # so that their folders are known
     from safetensors import SafetensorError
     folder = Path(folder)
     if not (folder/'classifier.json').exists() and (folder/'model'/'classifier.json').exists(): folder = folder/'model'
