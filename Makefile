@@ -53,8 +53,8 @@ $(STAMP): settings.ini setup.py pyproject.toml
 	@touch $@
 	@echo "==> Installed in $(VENV)"
 
-reproduce: $(STAMP) ## the paper's main result on the built-in synthetic set (smoke profile): under 3 minutes once installed
-	@echo "==> The smoke profile on the synthetic set: under 3 minutes on 2 cores; results go to $(OUT)"
+reproduce: $(STAMP) ## the paper's main result on the built-in synthetic set (smoke profile): about a minute once installed
+	@echo "==> The smoke profile on the synthetic set: about a minute on 2 cores; results go to $(OUT)"
 	@$(BIN)/hdfast reproduce --profile smoke --only mlp_synthetic --out '$(OUT)'
 
 test: $(STAMP) ## every test

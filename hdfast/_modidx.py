@@ -18,6 +18,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'hdfast.cli._forecast': ('cli.html#_forecast', 'hdfast/cli.py'),
                             'hdfast.cli._help': ('cli.html#_help', 'hdfast/cli.py'),
                             'hdfast.cli._images': ('cli.html#_images', 'hdfast/cli.py'),
+                            'hdfast.cli._kinds': ('cli.html#_kinds', 'hdfast/cli.py'),
                             'hdfast.cli._list_experiments': ('cli.html#_list_experiments', 'hdfast/cli.py'),
                             'hdfast.cli._load': ('cli.html#_load', 'hdfast/cli.py'),
                             'hdfast.cli._own_warnings': ('cli.html#_own_warnings', 'hdfast/cli.py'),

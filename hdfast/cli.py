@@ -43,19 +43,20 @@ def _bars():
     return nullcontext() if _terminal() else redirect_stdout(io.StringIO())
 
 # %% ../nbs/90_cli.ipynb #06309a9c
-DURATIONS = {'smoke': 'about 4 minutes on one core', 'cpu': 'minutes for an experiment with MLPs, hours for one with CNNs, on 2 cores',
+DURATIONS = {'smoke': 'about 4 minutes on one core for all pages, under a minute for one', 'cpu': 'minutes for an experiment with MLPs, hours for one with CNNs, on 2 cores',
              'paper': 'about an hour for an experiment with MLPs, many hours for one with CNNs and overlap, on 2 cores (choose with --only)'}
 
 def _list_experiments(experiments, out):
     "Print a table of the experiments: name, what it regenerates, profiles, and whether `out` has a result."
     rows = [('name', 'regenerates', 'profiles', 'result')]
     rows += [(e.name, e.table, ', '.join(e.profiles), 'there' if (out/f'{e.name}.json').exists() else '-') for e in experiments]
-    for name, table, profiles, result in rows: print(f'{name:<18}  {table:<18}  {profiles:<17}  {result}')
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows: print('  '.join(value.ljust(w) for value, w in zip(row, widths)).rstrip())
     return 0
 
 # %% ../nbs/90_cli.ipynb #b208bdfa
 def reproduce(
-    profile:str='smoke', # smoke (synthetic images), cpu (real images, 10 epochs) or paper (the full protocol)
+    profile:str='smoke', # smoke (synthetic images), cpu (real images, few epochs and runs, CNNs in bfloat16) or paper (the full protocol)
     only:Annotated[str, dict(nargs='+', action='extend', metavar='NAME')]=None, # run only these experiments, and what they need; --list names them
     out:Annotated[str, dict(metavar='DIR')]=None, # where results go (default: runs/PROFILE)
     jobs:int=1,          # how many pages to run at once
@@ -232,21 +233,21 @@ def decompose(
     size:int=None,        # side to which images are squashed, in pixels (default: 64, or a named set's own)
     clusters:int=None,    # wanted number of clusters (default: about the square root of the number of classes)
     gamma:float=None,     # let clusters overlap by this factor; the paper uses 3 and 5 (default: no overlap)
-    recipe:str='paper',   # how networks are trained: paper (SGD, 40 epochs) or one_cycle (Adam, 24 epochs)
+    recipe:str=None,      # how networks are trained: paper (SGD, 40 epochs) or one_cycle (Adam, 24 epochs) (default: paper; with --trunk one_cycle)
     epochs:int=None,      # passes over the training images, if not the recipe's
     flat:str='CNN_1',     # the flat network: CNN_1 to CNN_5, CNN_TL_1 to CNN_TL_5, or an MLP such as MLP_200_150
-    router:str='CNN_2',   # the network that picks a cluster
-    expert:str='CNN_3',   # the networks that decide within a cluster
-    trunk:str=None,       # let router and experts share the convolutions of this network, in place of --router and --expert
+    router:str=None,      # the network that picks a cluster (default: CNN_2)
+    expert:str=None,      # the networks that decide within a cluster (default: CNN_3)
+    trunk:str=None,       # in place of these two: the network whose convolutions router and experts share
     seed:int=0,           # of everything random
     skip_corrupt:bool=False, # leave out files that are no readable images instead of stopping
     device:str=None,      # cpu, cuda or mps (default: the best there is)
 ) -> int: # exit status
     "Turn a folder of images into a router and small experts, compare them with one flat network, and save them."
     from hdfast.inference import keep_memory
-    out, kinds = Path(out), (flat, trunk) if trunk else (flat, router, expert)
+    out, kinds = Path(out), _kinds(flat, router, expert, trunk)
     keep_memory()
-    how = _plan(recipe, epochs, size, gamma, clusters, seed, kinds)
+    how = _plan(recipe or ('one_cycle' if trunk else 'paper'), epochs, size, gamma, clusters, seed, kinds)
     _check_out(out, folder)
     print(f'[1/5] Images of {folder}', flush=True)
     images = _images(folder, size, seed, skip_corrupt, clusters)
@@ -257,6 +258,12 @@ def decompose(
     return _decompose(images, dls, how, out, clusters, gamma, kinds, seed)
 
 # %% ../nbs/90_cli.ipynb #e26eac82
+def _kinds(flat, router, expert, trunk):
+    "The networks by name: flat net, router, expert; or flat net and trunk."
+    if not trunk: return flat, router or 'CNN_2', expert or 'CNN_3'
+    if router or expert: raise ValueError('--trunk shares one network between router and experts: leave --router and --expert out')
+    return flat, trunk
+
 def _plan(recipe, epochs, size, gamma, clusters, seed, kinds):
     "The `Recipe`, after a look at all settings."
     from hdfast import learners
@@ -290,7 +297,7 @@ def _decompose(images, dls, how, out, clusters, gamma, kinds, seed):
 def _load(folder):
     "The classifier saved in `folder` or in `folder`/model; ValueError or FileNotFoundError that says what is wrong."
     from hdfast.hierarchical import HierarchicalClassifier
-    from hdfast import trunk, trust # so that their folders are known
+    from hdfast import hdcnn, trunk, trust # so that their folders are known
     from safetensors import SafetensorError
     folder = Path(folder)
     if not (folder/'classifier.json').exists() and (folder/'model'/'classifier.json').exists(): folder = folder/'model'

@@ -269,7 +269,8 @@ def _selection(name, table, dataset, family, n_clusters, clusterings=('learned',
     "An experiment on choosing the experts' networks."
     shared = dict(name=name, table=table, dataset=dataset, family=family, n_clusters=n_clusters, clusterings=list(clusterings))
     if 'cpu' in profiles: profiles['cpu'] |= dict(precision='bfloat16')
-    return Experiment(name, table or 'none: made by code', 'selection.ipynb', shared, profiles)
+    made = 'none: made by code' if dataset == 'synthetic' else 'none: beyond the paper' if family == 'mlp' else table
+    return Experiment(name, made, 'selection.ipynb', shared, profiles)
 
 # %% ../nbs/80_experiments.ipynb #80ff0003
 EXPERIMENTS = {e.name: e for e in [

@@ -407,10 +407,10 @@ def choice_scores(
 # %% ../nbs/60_selection.ipynb #2a2a101c
 def verdict(scores) -> str:
     "Whether the learned choice beats the most frequent one."
-    learned, frequent, oracle = (100*scores.accuracy[way] for way in ('learned', 'most frequent', 'oracle'))
+    learned, frequent, random, oracle = (100*scores.accuracy[way] for way in ('learned', 'most frequent', 'random', 'oracle'))
     how = 'beats' if learned > frequent + 1e-9 else 'only equals' if learned > frequent - 1e-9 else 'does not beat'
     return (f"The learned choice {how} the most frequent one on clusters that it hasn't seen: {learned:.2f} % against {frequent:.2f} %, "
-            f"with {oracle:.2f} % for the best on each.")
+            f"with {random:.2f} % for a random choice and {oracle:.2f} % for the best on each.")
 
 # %% ../nbs/60_selection.ipynb #6672ca74
 def choice_rows(

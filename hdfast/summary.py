@@ -53,9 +53,9 @@ BEYOND = [
     Item('Beyond 2', 'one trunk for the whole hierarchy, CalTech-101', tuple(n for n in _trunks if 'caltech101' in n)),
     Item('Beyond 3', 'perceptrons chosen for each cluster', ('selection_mlp_caltech101', 'selection_mlp_cifar100')),
     Item('Beyond 4', 'memory of the whole family of Table 13, in MB', ('memory',)),
-    Item('Beyond 5', 'speed of loading images, as a ratio', ('benchmark_loader',)),
-    Item('Beyond 6', 'speed of training and of asking, as a ratio', ('benchmark_speed',)),
-    Item('Beyond 7', 'speed of linking many classes, as a ratio', ('benchmark_linkage',)),
+    Item('Beyond 5', 'speed of loading images: how many times as fast the first is', ('benchmark_loader',)),
+    Item('Beyond 6', 'speed of training and of asking: how many times as fast the first is (below 1: slower)', ('benchmark_speed',)),
+    Item('Beyond 7', 'speed of linking many classes: how many times as fast the first is (below 1: slower)', ('benchmark_linkage',)),
     Item('Beyond 8', 'calibration error of flat net and hierarchies, CIFAR-100', ('trust_cifar100',))]
 ITEMS += [Item('Table 13', 'HD-CNN, measured', _trunks, verdict='other images and networks than the paper\'s'), *BEYOND]
 
@@ -180,8 +180,8 @@ def _lines(item, name, table, about, out):
 def _marked(line, item, name, about):
     "A line with its protocol, and with the item's own verdict if it has one."
     if 'ours' not in line: return line
-    marked = line if not item.verdict else line | dict(verdict=item.verdict)
-    if EXPERIMENTS[name].page in ('trunk.ipynb', 'trust.ipynb'): return marked | dict(protocol=f"{about['parameters']['epochs']} epochs")
+    marked, epochs = line if not item.verdict else line | dict(verdict=item.verdict), about['parameters'].get('epochs')
+    if item.name.startswith('Beyond') or EXPERIMENTS[name].page == 'trunk.ipynb': return marked | dict(protocol=f'{epochs} epochs' if epochs else '')
     return marked | dict(protocol=protocol(name, about, line.get('n', 0)))
 
 # %% ../nbs/82_summary.ipynb #0ce84a4a
@@ -216,9 +216,9 @@ def _shown(v):
     if isinstance(v, float): return '' if np.isnan(v) else f'{v:.2f}'.removesuffix('.00')
     return '' if v is None else str(v)
 
-_head = ('Every table and figure of the paper, and what goes beyond it. Accuracies are in percent on test images, mean and standard deviation over n runs; memory is in megabytes. '
-         'Written by `hdfast reproduce` from the result files in this folder. A full circle (●) marks a row that reaches the paper\'s full protocol: '
-         'as many epochs and runs as the profile `paper` asks for, in float32. An open circle (○) says what is missing; such a number is no reproduction of the paper\'s. '
+_head = ('Every table and figure of the paper, and what goes beyond it. Accuracies are in percent on test images, mean and standard deviation over n runs. HC is the share of images sent to the home cluster of their class, FC the share whose class is right; memory is in megabytes. '
+         'Written by `hdfast reproduce` from the result files in this folder. A full circle (●) marks a row of the paper that reaches our profile `paper` in full: '
+         'its epochs and runs, in float32. What the paper leaves open, such as the batch size and the number of seeds, is our choice. An open circle (○) says what is missing; such a number is no reproduction of the paper\'s. '
          'A plus behind a commit: files had changed since.')
 
 # %% ../nbs/82_summary.ipynb #c05a8fa6
