@@ -264,13 +264,15 @@ def computed_in(
     device         # where it computes
 ):
     "Let `net` compute in the precision of `recipe`, if it has convolutions, and give scores in float32."
-    mixed, forward = recipe.precision == 'bfloat16' and any(isinstance(m, nn.Conv2d) for m in net.modules()), net.forward
+    mixed, own, forward = recipe.precision == 'bfloat16' and any(isinstance(m, nn.Conv2d) for m in net.modules()), vars(net).get('forward'), net.forward
     def in_bfloat16(*args):
         with torch.autocast(torch.device(device).type, torch.bfloat16): scores = forward(*args)
         return scores.float()
     if mixed: net.forward = in_bfloat16
     try: yield net
-    finally: vars(net).pop('forward', None)
+    finally:
+        if mixed: del net.forward
+        if own: net.forward = own
 
 # %% ../nbs/40_learners.ipynb #6d287735
 class StopOnNaN(Callback):

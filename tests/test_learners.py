@@ -19,7 +19,7 @@ import hdfast.learners as learners
 from hdfast.clustering import cluster_classes, hierarchy_from_groups
 from hdfast.datasets import HELD_OUT, TRAIN, ImageSet, synthetic
 from hdfast.families import Job, fit_network, network_key, save_weights
-from hdfast.learners import (RECIPES, ImageView, Normalization, class_view, cluster_view, cnn_learner, cnn_tl_learner, crop_flip, mlp_learner,
+from hdfast.learners import (RECIPES, ImageView, Normalization, build_network, class_view, cluster_view, cnn_learner, computed_in, cnn_tl_learner, crop_flip, mlp_learner,
                              network_learner, probabilities, recipe)
 
 one_epoch = recipe('one_cycle', epochs=1)
@@ -500,3 +500,11 @@ def test_the_flat_network_is_trained_on_a_users_loaders_with_fewer_samples_than_
 def test_training_leaves_the_callers_loaders_as_they_were(dls):
     fit_network(dls, 'MLP_4', recipe('paper', epochs=1, bs=7))
     assert dls.train.bs == 32
+
+
+def test_a_forward_that_a_network_has_of_its_own_comes_back(dls):
+    net = build_network('CNN_3', 4, (3, 32, 32), seed=0)
+    net.forward = own = lambda x: x
+    for precision in ('float32', 'bfloat16'):
+        with computed_in(recipe('paper', precision=precision), net, 'cpu'): assert (net.forward is own) == (precision == 'float32')
+        assert net.forward is own
