@@ -211,10 +211,10 @@ def _fit_hierarchy(dls, h, router, expert, how, seed, networks):
     with _bars(): return HierarchicalClassifier(h, router, expert, how, seed).fit(dls, networks)
 
 # %% ../nbs/90_cli.ipynb #0988fbfa
-def _fit_trunk(dls, h, name, how, seed, networks):
-    "Train router and experts on the convolutions of network `name`."
-    from hdfast.trunk import TrunkClassifier, trunk_spec
-    return TrunkClassifier(h, trunk_spec(name), how, seed).fit(dls, networks)
+def _fit_trunk(dls, h, spec, how, seed, networks):
+    "Train router and experts on the convolutions of the network `spec`."
+    from hdfast.trunk import WIDE, TrunkClassifier, trunk_spec, wide_trunk
+    return TrunkClassifier(h, wide_trunk() if spec == WIDE else trunk_spec(spec, router=()), how, seed).fit(dls, networks)
 
 # %% ../nbs/90_cli.ipynb #adce79c3
 def _compare(model, dls, flat, out):
@@ -238,7 +238,7 @@ def decompose(
     flat:str='CNN_1',     # the flat network: CNN_1 to CNN_5, CNN_TL_1 to CNN_TL_5, or an MLP such as MLP_200_150
     router:str=None,      # the network that picks a cluster (default: CNN_2)
     expert:str=None,      # the networks that decide within a cluster (default: CNN_3)
-    trunk:str=None,       # in place of these two: the network whose convolutions router and experts share
+    trunk:str=None,       # in place of these two: the network whose convolutions router and experts share; wide is one made for it
     seed:int=0,           # of everything random
     skip_corrupt:bool=False, # leave out files that are no readable images instead of stopping
     device:str=None,      # cpu, cuda or mps (default: the best there is)
@@ -260,9 +260,11 @@ def decompose(
 # %% ../nbs/90_cli.ipynb #e26eac82
 def _kinds(flat, router, expert, trunk):
     "The networks by name: flat net, router, expert; or flat net and trunk."
+    from hdfast.networks import network_spec
+    from hdfast.trunk import WIDE
     if not trunk: return flat, router or 'CNN_2', expert or 'CNN_3'
     if router or expert: raise ValueError('--trunk shares one network between router and experts: leave --router and --expert out')
-    return flat, trunk
+    return flat, WIDE if trunk == 'wide' else network_spec(trunk)
 
 def _plan(recipe, epochs, size, gamma, clusters, seed, kinds):
     "The `Recipe`, after a look at all settings."
@@ -283,7 +285,7 @@ def _decompose(images, dls, how, out, clusters, gamma, kinds, seed):
     print('[3/5] Clusters of classes that it takes for each other', flush=True)
     h = _cluster(net, dls, clusters, gamma, out)
     n = sum(len(q) > 1 for q in h.clusters)
-    print('[4/5] Hierarchy: ' + (f'router {rest[0]}, {n} experts {rest[1]}' if len(rest) == 2 else f'router and {n} experts on the convolutions of {rest[0]}'), flush=True)
+    print('[4/5] Hierarchy: ' + (f'router {rest[0]}, {n} experts {rest[1]}' if len(rest) == 2 else f'router and {n} experts on the convolutions of {rest[0].name}'), flush=True)
     model = (_fit_hierarchy if len(rest) == 2 else _fit_trunk)(dls, h, *rest, how, seed, networks)
     print('[5/5] Comparison on the test images', flush=True)
     _compare(model, dls, net, out)

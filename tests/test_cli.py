@@ -199,10 +199,12 @@ def test_predict_takes_the_model_too_and_files_and_folders(family, image_folder,
     assert capsys.readouterr().out.startswith(f"{one}: {first['class']} {first['probability']:.1%} (cluster {first['cluster']}), ")
 
 
-def test_router_and_experts_on_one_trunk(image_folder, tmp_path, capsys):
-    out, settings = tmp_path/'family', ['--flat', 'MLP_30', '--trunk', 'CNN_2', '--size', 16, '--clusters', 3, '--recipe', 'one_cycle', '--epochs', 1, '--device', 'cpu']
+@pytest.mark.parametrize('trunk', ['CNN_2', 'wide'])
+def test_router_and_experts_on_one_trunk(trunk, image_folder, tmp_path, capsys):
+    out, settings = tmp_path/'family', ['--flat', 'MLP_30', '--trunk', trunk, '--size', 16, '--clusters', 3, '--epochs', 1, '--device', 'cpu']
     assert main(['decompose', image_folder, '--out', out, *settings]) == 0
-    assert 'on the convolutions of CNN_2' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f'on the convolutions of {trunk}' in said and 'recipe one_cycle' in said
     photo = next(p for p in sorted(Path(image_folder).rglob('*')) if p.suffix in ('.png', '.jpg'))
     assert main(['predict', out, photo, '--json']) == 0
     said, model = json.loads(capsys.readouterr().out), HierarchicalClassifier.load(out/'model')
@@ -252,6 +254,7 @@ BAD = {
     'out is a file': (['decompose', '{folder}', '--out', '{file}'], 'is a file'),
     'out among the images': (['decompose', '{folder}', '--out', '{folder}/out'], 'choose a folder elsewhere'),
     'out has another model': (['decompose', '{folder}', '--out', '{taken}'], 'other than a saved classifier'),
+    'trunk and router': (['decompose', '{folder}', '--out', '{new}', '--trunk', 'CNN_2', '--router', 'CNN_2'], 'leave --router and --expert out'),
     'trunk': (['decompose', '{folder}', '--out', '{new}', '--trunk', 'MLP_10'], 'at least one must stay in the trunk'),
     'network': (['decompose', '{folder}', '--out', '{new}', '--router', 'CNN_9'], "no network is called 'CNN_9'"),
     'recipe': (['decompose', '{folder}', '--out', '{new}', '--recipe', 'slow'], "no recipe 'slow'; there are paper, one_cycle"),

@@ -12,8 +12,8 @@ from hdfast.clustering import ClassHierarchy
 from hdfast.hierarchical import HierarchicalClassifier, combine
 from hdfast.learners import probabilities, recipe
 from hdfast.networks import Conv, NetworkSpec, Stage
-from hdfast.trunk import (ClassLikelihood, FusedHeads, TrunkClassifier, TrunkSpec, flat_network, multiplications, re_estimate,
-                          shared_trunk, trunk_spec)
+from hdfast.trunk import (WIDE, ClassLikelihood, FusedHeads, TrunkClassifier, TrunkSpec, flat_network, multiplications, re_estimate,
+                          shared_trunk, trunk_spec, wide_trunk)
 
 net_spec = NetworkSpec('little', [Stage([Conv(3, 8)]), Stage([Conv(3, 8)])])
 spec = trunk_spec(net_spec, shared=(), router=(8,), expert=(6,), dropout=0)
@@ -129,9 +129,13 @@ def test_save_and_load_change_no_bit(model, images, tmp_path):
     model.save(tmp_path/'m') # its own folder may be replaced
 
 
-def test_the_two_kinds_of_saved_classifiers_are_told_apart(model, tmp_path):
-    with pytest.raises(ValueError, match='reads'): HierarchicalClassifier.load(model.save(tmp_path/'m'))
-    json.loads((tmp_path/'m'/'classifier.json').read_text())
+def test_a_folder_says_which_kind_of_classifier_it_holds(model, dls, taxonomy, tmp_path):
+    assert type(HierarchicalClassifier.load(model.save(tmp_path/'trunk'))) is TrunkClassifier
+    plain = HierarchicalClassifier(taxonomy, 'MLP_4', 'MLP_4', how).fit(dls, progress=False).save(tmp_path/'plain')
+    with pytest.raises(ValueError, match='known here.*hdfast.TrunkClassifier'): TrunkClassifier.load(plain)
+    written = json.loads((tmp_path/'plain'/'classifier.json').read_text())
+    (tmp_path/'plain'/'classifier.json').write_text(json.dumps(written | {'format': 'hdfast.Later.2'}))
+    with pytest.raises(ValueError, match='hdfast.Later.2'): HierarchicalClassifier.load(plain)
 
 
 def test_frozen_trunk_does_not_move_and_a_started_one_does(dls, taxonomy):
@@ -175,6 +179,18 @@ def test_private_stages_leave_the_shared_ones(taxonomy):
     net = shared_trunk(taxonomy, s, (3, 16, 16))
     assert net.heads.experts.body.conv1.weight.shape == (24, 8, 3, 3)
     assert TrunkSpec.from_dict(json.loads(json.dumps(s.to_dict()))) == s
+
+
+def test_predictions_with_folded_batch_normalisation_are_those_of_the_network(dls, taxonomy):
+    model = TrunkClassifier(taxonomy, trunk_spec(net_spec, shared=(5,), router=(), expert=(4,), batch_norm=True, drop=.1), how).fit(dls)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model._body.modules()) and any(isinstance(m, torch.nn.BatchNorm2d) for m in model.net.modules())
+    with torch.no_grad(): own = torch.cat([model.net(x) for x, _ in dls[2]]).exp()
+    assert np.abs(model.predict_proba(dls[2], k=taxonomy.n_clusters) - own.cpu().numpy()).max() < 1e-5
+
+
+def test_the_wide_trunk_can_be_changed():
+    assert wide_trunk().trunk.stages == WIDE.stages and wide_trunk().batch_norm
+    assert wide_trunk(batch_norm=False, expert=()) == trunk_spec(WIDE, shared=(256,), router=(), expert=(), drop=.15)
 
 
 def test_one_cluster_and_clusters_of_one_class(dls, taxonomy, images):
