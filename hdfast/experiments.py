@@ -300,7 +300,7 @@ EXPERIMENTS = {e.name: e for e in [
                {'cpu': {}, 'paper': dict(more_sizes=[20_000])}, alone=True)]}
 
 # %% ../nbs/80_experiments.ipynb #c8651414
-_few = ['shared trunk', 'wide trunk, batch norm, drop', 'wide trunk, batch norm, drop, one cluster', 'HD-CNN']
+_few = ['shared trunk', 'wide trunk, batch norm, drop', 'wide trunk, batch norm, drop, one cluster']
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
 
 def _trunk(dataset, how, name=None, **profiles):
