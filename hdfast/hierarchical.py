@@ -249,11 +249,8 @@ def evaluate(self:HierarchicalClassifier,
     flat=None, # the flat network, for its own row and the free router
 ) -> Evaluation:
     "Accuracy of every way of routing, what is lost where, and accuracy per cluster."
-    n, take, y = self._inputs(dl)
-    if y is None: raise ValueError("evaluate needs the true classes: pass a loader with labels, such as dls[2]")
-    y, rows, h = y.numpy(), torch.arange(n), self.hierarchy
-    if list(map(str, dl.vocab)) != list(h.classes): raise ValueError("the loader's classes aren't the classifier's, or stand in another order")
-    p, ask = self._opinions(n, take)
+    (n, take, y), h = self._labelled(dl), self.hierarchy
+    rows, (p, ask) = torch.arange(n), self._opinions(n, take)
     asked = [ask(i, rows) for i in range(h.n_clusters)]
     follow = lambda p, **kwargs: self._combine(p, lambda i, rows: asked[i][rows], **kwargs).numpy()
     flat_probs = None if flat is None else self._run(flat, take, rows).numpy()
@@ -262,6 +259,15 @@ def evaluate(self:HierarchicalClassifier,
         probs = follow(p_, k=k, duplicates=duplicates)
         table[way] = class_scores(probs, y) | (_losses(p_.numpy().argmax(1), probs, y, h) if k == 1 else {})
     return Evaluation(pd.DataFrame(table).T[_columns(table)], _per_cluster(p, asked, follow(p), y, h), n)
+
+# %% ../nbs/50_hierarchical.ipynb #34a645c0
+@patch
+def _labelled(self:HierarchicalClassifier, dl):
+    "What `_inputs` says of a loader, with the true classes as an array."
+    n, take, y = self._inputs(dl)
+    if y is None: raise ValueError("evaluate needs the true classes: pass a loader with labels, such as dls[2]")
+    if list(map(str, dl.vocab)) != list(self.hierarchy.classes): raise ValueError("the loader's classes aren't the classifier's, or stand in another order")
+    return n, take, y.numpy()
 
 # %% ../nbs/50_hierarchical.ipynb #34a645c1
 def _ways(p, flat_probs, y, h):
@@ -280,6 +286,18 @@ def _losses(routed, probs, y, h):
     return hc | {'lost by routing': 1 - hc['HC contains'], 'lost by assignment': hc['HC contains'] - fc}
 
 def _columns(table): return list(dict.fromkeys(c for row in sorted(table.values(), key=len, reverse=True) for c in row))
+
+# %% ../nbs/50_hierarchical.ipynb #34a645c3
+@patch
+def evaluate_routed(self:HierarchicalClassifier,
+    dl, # a loader that isn't shuffled, such as dls[2]
+) -> pd.DataFrame: # index: 'top-1' and 'oracle router'; columns as in the table of `evaluate`
+    "Accuracy with one expert for each image: the hierarchy classifier's, and the one of its home cluster."
+    (n, take, y), h = self._labelled(dl), self.hierarchy
+    p, ask = self._opinions(n, take)
+    ways = {'top-1': p, 'oracle router': torch.eye(h.n_clusters)[torch.as_tensor(h.home[y])]}
+    probs = {way: self._combine(p_, ask).numpy() for way, p_ in ways.items()}
+    return pd.DataFrame({way: class_scores(probs[way], y) | _losses(ways[way].numpy().argmax(1), probs[way], y, h) for way in ways}).T
 
 # %% ../nbs/50_hierarchical.ipynb #3111c5ae
 def _per_cluster(p, asked, probs, y, h):

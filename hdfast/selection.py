@@ -28,8 +28,8 @@ from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from .clustering import ClassHierarchy, palette, sub_confusion
 from .confusion import distance_matrix
 from .families import Job, bar_over, fit_networks
-from .hierarchical import HierarchicalClassifier
-from .learners import accuracy_on, as_view, class_view, held_out_confusion, recipe
+from .hierarchical import HierarchicalClassifier, class_scores
+from .learners import accuracy_on, as_view, class_view, held_out_confusion, probabilities, recipe
 from .linkage import average_linkage
 from .networks import NetworkSpec, mlp_spec, n_parameters, network_spec
 
@@ -424,11 +424,10 @@ def choice_rows(
     flat=None,        # the flat network, for its own row
 ) -> pd.DataFrame:    # index: way to choose; shares in [0, 1], and parameters of the whole family
     "Accuracy of the hierarchical classifier on the test images, for each way to choose its experts."
-    rows = {}
+    rows = {} if flat is None else {'flat net': class_scores(*probabilities(flat, dls[2])) | {'parameters': n_parameters(flat)}}
     for way, specs in experts.items():
         model = HierarchicalClassifier(h, router, specs, recipe, seed).fit(dls, cache, progress=False)
-        table = model.evaluate(dls[2], flat).table
-        if flat is not None: rows.setdefault('flat net', {**table.loc['flat net'], 'parameters': n_parameters(flat)})
+        table = model.evaluate_routed(dls[2])
         rows[way] = {**table.loc['top-1'], 'oracle router': table.loc['oracle router', 'FC'],
                      'parameters': sum(n_parameters(m) for m in (model.router, *model.experts) if m is not None)}
     return pd.DataFrame(rows).T
