@@ -21,7 +21,7 @@ from .datasets import image_set
 from .hierarchical import HierarchicalClassifier
 from .families import fit_network
 from .inference import keep_memory
-from .learners import held_out_confusion
+from .learners import RECIPES, held_out_confusion
 from .memory import family_memory, network_memory
 from .networks import SPECS, mlp_spec, n_parameters
 
@@ -300,7 +300,7 @@ EXPERIMENTS = {e.name: e for e in [
                {'cpu': {}, 'paper': dict(more_sizes=[20_000])}, alone=True)]}
 
 # %% ../nbs/80_experiments.ipynb #c8651414
-_few = ['shared trunk', 'wide trunk, batch norm, drop', 'wide trunk, batch norm, drop, one cluster']
+_few = ['shared trunk', 'wide trunk, batch norm, drop', 'wide trunk, batch norm, drop, linear experts', 'wide trunk, batch norm, drop, one cluster']
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
 
 def _trunk(dataset, how, name=None, **profiles):
@@ -311,13 +311,13 @@ def _trunk(dataset, how, name=None, **profiles):
 
 def _trunks(dataset, how):
     "The shared-trunk experiment on real images."
-    return _trunk(dataset, how, cpu=dict(epochs=0, runs=1, precision='bfloat16', flats=_cnns[:2], variants=_few, max_size=5),
-                  paper=dict(epochs=0, runs=3, flats=_cnns, variants=[], max_size=5))
+    return _trunk(dataset, how, cpu=dict(epochs=RECIPES[how].epochs, runs=1, precision='bfloat16', flats=_cnns[:2], variants=_few, max_size=5),
+                  paper=dict(epochs=RECIPES[how].epochs, runs=3, flats=_cnns, variants=[], max_size=5))
 
 EXPERIMENTS |= {e.name: e for e in [
     _trunk('synthetic', 'one_cycle', 'trunk_synthetic', smoke=dict(epochs=3, runs=1, flats=_cnns[:2], variants=_few[:1], max_size=4)),
     *(_trunks(dataset, how) for dataset in ('cifar100', 'caltech101') for how in ('paper', 'one_cycle')),
-    *(_trunk(dataset, how, f'trunk_trial_{dataset}_{how}', paper=dict(epochs=0, runs=1, flats=_cnns, variants=[], max_size=5))
+    *(_trunk(dataset, how, f'trunk_trial_{dataset}_{how}', paper=dict(epochs=RECIPES[how].epochs, runs=1, flats=_cnns, variants=[], max_size=5))
       for dataset in ('cifar100', 'caltech101') for how in ('paper', 'one_cycle'))]}
 
 # %% ../nbs/80_experiments.ipynb #80fe0002
@@ -326,7 +326,7 @@ def _trust(dataset, **profiles):
     shared = dict(name=f'trust_{dataset}', dataset=dataset, how='one_cycle')
     return Experiment(f'trust_{dataset}', 'none: beyond the paper', 'trust.ipynb', shared, profiles)
 
-_as_trunks = dict(epochs=0, max_size=5, variants=_few[:2], wished=.8)
+_as_trunks = dict(epochs=RECIPES['one_cycle'].epochs, max_size=5, variants=_few[:2], wished=.8)
 
 EXPERIMENTS |= {e.name: e for e in [
     _trust('synthetic', smoke=dict(epochs=3, runs=1, max_size=4, variants=_few[:1])),
