@@ -73,8 +73,8 @@ WIDE = NetworkSpec('wide', [Stage([Conv(3, filters)]) for filters in (24, 32, 64
 def wide_trunk(
     **changes # arguments of `trunk_spec`
 ) -> TrunkSpec:
-    "A trunk of `WIDE` with batch normalisation and dropout, and small heads."
-    return trunk_spec(**dict(name=WIDE, shared=(256,), router=(), batch_norm=True, drop=.15) | changes)
+    "A trunk of `WIDE` with batch normalisation and dropout, and a linear head for each expert."
+    return trunk_spec(**dict(name=WIDE, shared=(256,), router=(), expert=(), batch_norm=True, drop=.15) | changes)
 
 # %% ../nbs/55_trunk.ipynb #8be4fc4e
 @patch

@@ -190,7 +190,7 @@ def test_predictions_with_folded_batch_normalisation_are_those_of_the_network(dl
 
 def test_the_wide_trunk_can_be_changed():
     assert wide_trunk().trunk.stages == WIDE.stages and wide_trunk().batch_norm
-    assert wide_trunk(batch_norm=False, expert=()) == trunk_spec(WIDE, shared=(256,), router=(), expert=(), drop=.15)
+    assert wide_trunk(batch_norm=False, expert=(8,)) == trunk_spec(WIDE, shared=(256,), router=(), expert=(8,), drop=.15)
 
 
 def test_one_cluster_and_clusters_of_one_class(dls, taxonomy, images):
