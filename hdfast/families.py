@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache as cached, partial
 from pathlib import Path
+from threading import Lock
 import numpy as np
 import torch
 from fastai.callback.schedule import combined_cos
@@ -128,6 +129,8 @@ def save_weights(
     finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/45_families.ipynb #5f0a1c16
+_parsing = Lock() # CPython 3.11 can fail where two threads make syntax trees at once
+
 @cached
 def code_version(
     *modules # names of modules of hdfast
@@ -135,7 +138,7 @@ def code_version(
     "A hash of the code in modules, without comments and docstrings."
     key = hashlib.sha256()
     for file in (Path(networks.__file__).with_name(f'{m}.py') for m in modules):
-        tree = ast.parse(Path(file).read_text(encoding='utf-8'))
+        with _parsing: tree = ast.parse(Path(file).read_text(encoding='utf-8'))
         for node in ast.walk(tree):
             if ast.get_docstring(node, clean=False) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) else None: node.body[0].value.value = ''
         key.update(ast.dump(tree).encode())
