@@ -296,8 +296,8 @@ EXPERIMENTS = {e.name: e for e in [
     Experiment('benchmark_speed', 'speed of training and asking', 'benchmark_speed.ipynb', dict(name='benchmark_speed', epochs=20, cnn_images=100, n_images=[50, 1024]),
                {'cpu': dict(repeats=3), 'paper': dict(repeats=7, cnn_epochs=3)}, alone=True),
     Experiment('benchmark_linkage', 'speed of linking many classes', 'benchmark_linkage.ipynb',
-               dict(name='benchmark_linkage', repeats=3, sizes=[5000, 10_000], alone_sizes=[10_000, 50_000, 200_000, 1_000_000], whole=50_000),
-               {'cpu': {}, 'paper': dict(more_sizes=[20_000])}, alone=True)]}
+               dict(name='benchmark_linkage', repeats=3, sizes=[5000, 10_000], alone_sizes=[10_000, 50_000, 200_000], whole=50_000),
+               {'cpu': {}, 'paper': dict(more_sizes=[20_000], alone_sizes=[10_000, 50_000, 200_000, 1_000_000])}, alone=True)]}
 
 # %% ../nbs/80_experiments.ipynb #c8651414
 _few = ['shared trunk', 'wide trunk, batch norm, drop', 'wide trunk, batch norm, drop, linear experts', 'wide trunk, batch norm, drop, one cluster']
