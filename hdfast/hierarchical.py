@@ -418,12 +418,16 @@ def load(cls:HierarchicalClassifier,
 
 def _kinds(cls): return [cls, *(kind for below in cls.__subclasses__() for kind in _kinds(below))]
 
+def _kind(cls, format):
+    "The class, `cls` or one derived from it, whose folders have a format."
+    kinds = {kind._format: kind for kind in _kinds(cls)}
+    if format not in kinds: raise ValueError(f"classifier.json has format {format!r}: import the module with its class first; known here are {', '.join(kinds)}")
+    return kinds[format]
+
 @patch(cls_method=True)
 def _read(cls:HierarchicalClassifier, d, state):
     "A classifier, of the kind that its description says, from that and its weights."
-    kinds = {kind._format: kind for kind in _kinds(cls)}
-    if d.get('format') not in kinds: raise ValueError(f"classifier.json has format {d.get('format')!r}; known here, after what was imported, are {', '.join(kinds)}")
-    self = kinds[d['format']]._from_config(d)
+    self = _kind(cls, d.get('format'))._from_config(d)
     _check_state(state, self._state())
     self._load_state(state)
     return self

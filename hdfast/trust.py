@@ -19,7 +19,7 @@ from scipy.cluster.hierarchy import cophenet
 from scipy.optimize import minimize_scalar
 from scipy.spatial.distance import squareform
 from .clustering import ClassHierarchy, palette
-from .hierarchical import HierarchicalClassifier, _kinds, calibration_error, combine
+from .hierarchical import HierarchicalClassifier, _kind, calibration_error, combine
 
 # %% ../nbs/57_trust.ipynb #57a00008
 def temper(
@@ -213,12 +213,6 @@ def calibrate(
     return CalibratedClassifier(model, fit_temperatures(opinions(model, dl), experts, least))
 
 # %% ../nbs/57_trust.ipynb #57a0003d
-def _kind(format):
-    "The class of classifiers that is saved in a format."
-    kinds = {kind._format: kind for kind in _kinds(HierarchicalClassifier)}
-    if format not in kinds: raise ValueError(f"nothing is known of the format {format!r}: import the module with its class first")
-    return kinds[format]
-
 @patch
 def _config(self:CalibratedClassifier):
     "Everything but the weights, as JSON values."
@@ -227,7 +221,7 @@ def _config(self:CalibratedClassifier):
 @patch(cls_method=True)
 def _from_config(cls:CalibratedClassifier, d):
     "A classifier with untrained networks from what `_config` gave."
-    return cls(_kind(d['model']['format'])._from_config(d['model']), Temperatures(**d['temperatures']))
+    return cls(_kind(HierarchicalClassifier, d['model']['format'])._from_config(d['model']), Temperatures(**d['temperatures']))
 
 @patch
 def _state(self:CalibratedClassifier): return self.model._state()
