@@ -12,6 +12,7 @@ from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache as cached, partial
+from itertools import groupby
 from pathlib import Path
 from threading import Lock
 import numpy as np
@@ -187,25 +188,28 @@ def _scale_(ts, s):
     "Multiply each tensor by `s`, a number (0-dim tensor) or a row with an entry for each network."
     torch._foreach_mul_(ts, s) if s.ndim == 0 else [t.mul_(_rows(s, t)) for t in ts]
 
-def _add_scaled_(ts, us, s):
-    "Add `s` times `us` to `ts`."
-    torch._foreach_add_(ts, torch._foreach_mul(us, s)) if s.ndim == 0 else [t.addcmul_(u, _rows(s, t)) for t, u in zip(ts, us)]
+def _add_scaled_(ts, us, s, sign=1):
+    "Add `sign` times `s` times `us` to `ts`."
+    if s.ndim == 0: torch._foreach_add_(ts, torch._foreach_mul(us, s), alpha=sign)
+    else:
+        for t, u in zip(ts, us): t.addcmul_(u, _rows(s, t), value=sign)
 
 # %% ../nbs/45_families.ipynb #5f0a1d05
 class _SGD:
     "Momentum SGD on a list of tensors."
     def __init__(self, params, wd): self.wd, self.state = wd, [[torch.zeros_like(p) for p in params]]
-    def step(self, params, grads, state, lr, mom, k):
+    def sink(self, params, state, mom):
         (v,) = state
-        if self.wd: torch._foreach_add_(grads, params, alpha=self.wd)
         _scale_(v, mom)
-        torch._foreach_add_(v, grads)
-        _add_scaled_(params, v, -lr)
+        if self.wd: torch._foreach_add_(v, params, alpha=self.wd)
+        return v
+    def step(self, params, v, state, lr, mom, k): _add_scaled_(params, v, lr, -1)
 
 # %% ../nbs/45_families.ipynb #5f0a1d07
 class _AdamW:
     "Adam with decoupled weight decay on a list of tensors; betas (momentum, 0.99), eps 1e-5."
     def __init__(self, params, wd): self.wd, self.state = wd, [[torch.zeros_like(p) for p in params] for _ in range(2)]
+    def sink(self, params, state, mom): return [torch.zeros_like(p) for p in params]
     def step(self, params, grads, state, lr, mom, k):
         m, s = state
         _scale_(params, 1 - lr*self.wd)
@@ -216,7 +220,7 @@ class _AdamW:
         root = torch._foreach_sqrt(s)
         _scale_(root, (1 - .99**k).rsqrt())
         torch._foreach_add_(root, 1e-5)
-        _add_scaled_(params, torch._foreach_div(m, root), -lr/(1 - mom**k))
+        _add_scaled_(params, torch._foreach_div(m, root), lr/(1 - mom**k), -1)
 
 _rules = {'sgd': _SGD, 'adam': _AdamW}
 
@@ -278,18 +282,29 @@ def _unstack(params, nets):
                 m.bias.copy_(b[e, :m.out_features])
 
 # %% ../nbs/45_families.ipynb #5f0a1d10
-def _fused_gradients(params, x, y, weight, absent):
-    "Loss of each network (m,) and gradients of the stacked `params`, for inputs (m, bs, features) whose samples count `weight`."
+def _fused_scores(params, x):
+    "What every layer is given, [h0, h1, ...], and the scores (m, classes, bs), for inputs (m, bs, features) of `m` networks."
     h = [x.transpose(1, 2)]
-    for W, b in zip(params[:-2:2], params[1:-2:2]): h.append(torch.bmm(W, h[-1]).add_(b[..., None]).relu_())
-    log_p = torch.bmm(params[-2], h[-1]).add_(params[-1][..., None]).masked_fill_(absent, -torch.inf).log_softmax(1)
+    for W, b in zip(params[:-2:2], params[1:-2:2]): h.append(torch.baddbmm(b[..., None], W, h[-1]).relu_())
+    return h, torch.baddbmm(params[-1][..., None], params[-2], h[-1])
+
+def _fused_loss(scores, y, weight, absent):
+    "Loss of each network (m,), and its derivative by the scores; samples count `weight`."
+    log_p = scores.masked_fill_(absent, -torch.inf).log_softmax(1)
     loss = -(log_p.gather(1, y[:, None])[:, 0]*weight).sum(1)
-    delta = log_p.exp_().scatter_add_(1, y[:, None], -torch.ones_like(weight)[:, None]).mul_(weight[:, None])
-    grads = []
+    return loss, log_p.exp_().scatter_add_(1, y[:, None], -torch.ones_like(weight)[:, None]).mul_(weight[:, None])
+
+def _fused_step(rule, params, state, h, delta, lr, mom, k):
+    "A step of `rule` on the stacked `params`, layer by layer, from what each was given and the derivative by the scores."
     for l in reversed(range(len(h))):
-        grads = [torch.bmm(delta, h[l].transpose(1, 2)), delta.sum(2)] + grads
-        if l: delta = torch.bmm(params[2*l].transpose(1, 2), delta).mul_(h[l] > 0)
-    return loss, grads
+        layer = slice(2*l, 2*l + 2)
+        own, its_state = params[layer], [ts[layer] for ts in state]
+        below = torch.bmm(own[0].transpose(1, 2), delta).mul_(h[l] > 0) if l else None
+        grads = rule.sink(own, its_state, mom)
+        grads[0].baddbmm_(delta, h[l].transpose(1, 2))
+        grads[1].add_(delta.sum(2))
+        rule.step(own, grads, its_state, lr, mom, k)
+        delta = below
 
 # %% ../nbs/45_families.ipynb #5f0a1d11
 @torch.no_grad()
@@ -305,10 +320,12 @@ def _train_fused(jobs, recipe):
         rows, sizes = (t.to(device) for t in _epoch_order(loaders, recipe.bs))
         index, targets, weight = inputs.epoch(rows, sizes)
         losses = torch.zeros(sizes.shape, device=device)
-        for s, m in enumerate((sizes > 0).sum(1).tolist()):
-            now = [p[:m] for p in params]
-            losses[s, :m], grads = _fused_gradients(now, inputs.batch(index[s, :m]), targets[s, :m], weight[s, :m], inputs.absent[:m])
-            rule.step(now, grads, [[t[:m] for t in ts] for ts in rule.state], *plan[epoch, s, :, :m])
+        for m, steps in groupby(range(len(sizes)), (sizes > 0).sum(1).tolist().__getitem__):
+            now, state = [p[:m] for p in params], [[t[:m] for t in ts] for ts in rule.state]
+            for s in steps:
+                h, scores = _fused_scores(now, inputs.batch(index[s, :m]))
+                losses[s, :m], delta = _fused_loss(scores, targets[s, :m], weight[s, :m], inputs.absent[:m])
+                _fused_step(rule, now, state, h, delta, *plan[epoch, s, :, :m])
         _check_losses(losses, jobs, epoch)
     _unstack(params, nets)
     for job, net in zip(jobs, nets): check_predictions(net.eval(), job.dls, job.name)
@@ -336,10 +353,13 @@ class _Steps:
         "The next step, on the first `n` samples of its batch."
         x, y = self.view.batch(self.order.index_select(0, self.at)[0, :n])
         loss = F.cross_entropy(self.net(self.inputs(x)), y)
-        grads = list(torch.autograd.grad(loss, self.params))
+        found = torch.autograd.grad(loss, self.params)
         with torch.no_grad():
             self.losses.index_copy_(0, self.at, loss.detach()[None])
-            self.rule.step(self.params, grads, self.rule.state, *self.plan.index_select(0, self.at)[0])
+            lr, mom, k = self.plan.index_select(0, self.at)[0]
+            grads = self.rule.sink(self.params, self.rule.state, mom)
+            torch._foreach_add_(grads, found)
+            self.rule.step(self.params, grads, self.rule.state, lr, mom, k)
             self.at += 1
     def __call__(self, i): self.run[self.last if (i + 1)%self.n_batches == 0 else self.bs]()
 
