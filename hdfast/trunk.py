@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['WIDE', 'TrunkSpec', 'trunk_spec', 'wide_trunk', 'with_batch_norm', 'without_batch_norm', 'with_dropout',
            'changed_body', 'flat_network', 'FusedLinear', 'features_shape', 'FusedHeads', 'ClassLikelihood',
-           'HierarchyHeads', 'hierarchy_heads', 'trunk_body', 'SharedTrunk', 'shared_trunk', 'add_to_loss', 'Distilled',
-           'Balanced', 'training_counts', 'TrunkClassifier', 'multiplications', 're_estimate']
+           'HierarchyHeads', 'TiedHeads', 'Sum', 'hierarchy_heads', 'trunk_body', 'SharedTrunk', 'shared_trunk',
+           'add_to_loss', 'Distilled', 'Balanced', 'training_counts', 'TrunkClassifier', 'multiplications',
+           're_estimate']
 
 # %% ../nbs/55_trunk.ipynb #49f44519
 import hashlib, json
@@ -38,6 +39,7 @@ class TrunkSpec:
     batch_norm:bool=False # batch normalisation after each convolution?
     drop:float=0.         # share of activations dropped after each pooling of the trunk, in training
     pace:float=1.         # factor of the gradient of the experts' fully connected layers
+    tied:bool=False       # does the router score classes, from which each expert starts?
 
     def __post_init__(self):
         if not self.pace > 0: raise ValueError(f"pace must be positive, not {self.pace!r}")
@@ -45,6 +47,7 @@ class TrunkSpec:
         own = [s.name for s in (self.router, self.expert) if s.stages]
         if any(stage.norm for s in (self.router, self.expert) for stage in s.stages):
             raise ValueError("private stages can't have local response normalisation, which would mix the heads")
+        if self.tied and own: raise ValueError(f"{own[0]} begins with convolutions: tied heads are fully connected")
         if self.trunk.fc and own: raise ValueError(f"{own[0]} begins with convolutions, so the trunk must end with some: leave its shared layers out")
 
 # %% ../nbs/55_trunk.ipynb #10f5000e
@@ -58,6 +61,7 @@ def trunk_spec(
     batch_norm:bool=False,# batch normalisation after each convolution?
     drop:float=0.,        # dropped after each pooling of the trunk, in training
     pace:float=1.,        # factor of the gradient of the experts' own weights
+    tied:bool=False,      # does the router score classes, from which each expert starts?
 ) -> TrunkSpec:
     "A trunk with the convolutions of a network, and heads with these hidden widths."
     spec = network_spec(name)
@@ -65,7 +69,7 @@ def trunk_spec(
     if not 0 < at <= len(spec.stages): raise ValueError(f"{spec.name} has {len(spec.stages)} stages: at least one must stay in the trunk")
     part = lambda what, stages, fc: NetworkSpec(f'{spec.name} {what}', stages, tuple(listify(fc)), dropout)
     return TrunkSpec(part('trunk', spec.stages[:at], shared), part('router', spec.stages[at:], router),
-                     part('expert', spec.stages[at:], expert), batch_norm, drop, pace)
+                     part('expert', spec.stages[at:], expert), batch_norm, drop, pace, tied)
 
 # %% ../nbs/55_trunk.ipynb #10f50010
 WIDE = NetworkSpec('wide', [Stage([Conv(3, filters)]) for filters in (24, 32, 64, 192)])
@@ -73,8 +77,8 @@ WIDE = NetworkSpec('wide', [Stage([Conv(3, filters)]) for filters in (24, 32, 64
 def wide_trunk(
     **changes # arguments of `trunk_spec`
 ) -> TrunkSpec:
-    "A trunk of `WIDE` with batch normalisation and dropout, and a linear head for each expert."
-    return trunk_spec(**dict(name=WIDE, shared=(256,), router=(), expert=(), batch_norm=True, drop=.15) | changes)
+    "A trunk of `WIDE` with batch normalisation and dropout, and tied heads."
+    return trunk_spec(**dict(name=WIDE, shared=(256,), router=(), batch_norm=True, drop=.15, tied=True) | changes)
 
 # %% ../nbs/55_trunk.ipynb #8be4fc4e
 @patch
@@ -152,12 +156,12 @@ class FusedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, n_out).uniform_(-bound, bound))
     def forward(self, x):
         return torch.baddbmm(_Paced.apply(self.bias, self.pace), x, _Paced.apply(self.weight, self.pace))
-    def separate(self, i, n_out=None):
-        "Layer `i` alone, with its first `n_out` outputs."
-        _, n_in, width = self.weight.shape
-        layer = nn.utils.skip_init(nn.Linear, n_in, n_out or width).to(self.weight.device)
-        layer.weight.data.copy_(self.weight[i, :, :n_out].T)
-        layer.bias.data.copy_(self.bias[i, 0, :n_out])
+    def separate(self, i, outputs=slice(None)):
+        "Layer `i` alone, with some of its outputs: a slice, or a list of their numbers."
+        weight, bias = self.weight[i, :, outputs].T, self.bias[i, 0, outputs]
+        layer = nn.utils.skip_init(nn.Linear, *weight.T.shape).to(weight.device)
+        layer.weight.data.copy_(weight)
+        layer.bias.data.copy_(bias)
         return layer
 
 # %% ../nbs/55_trunk.ipynb #95b0f682
@@ -218,15 +222,16 @@ def forward(self:FusedHeads, x):
 # %% ../nbs/55_trunk.ipynb #281cc145
 @patch
 def separate(self:FusedHeads,
-    i:int, # which of the n
-) -> nn.Sequential: # (N, ...) to logits (N, sizes[i])
+    i:int,       # which of the n
+    outputs=None # numbers of the outputs wanted; all that it has by default
+) -> nn.Sequential: # (N, ...) to logits (N, number of outputs)
     "Network `i` alone, with copies of its weights."
     layers = OrderedDict((name, _slice(layer, i, len(self.sizes))) for name, layer in self.body.named_children())
     layers['flatten'] = nn.Flatten()
     for j, layer in enumerate(self.layers):
         if isinstance(layer, nn.Dropout): layers[f'drop{j}'] = layer
         else: layers |= {f'fc{j}': layer.separate(i), f'fc{j}_relu': nn.ReLU()}
-    layers['out'] = self.out.separate(i, self.sizes[i])
+    layers['out'] = self.out.separate(i, slice(self.sizes[i]) if outputs is None else outputs)
     return nn.Sequential(layers).eval()
 
 def _slice(layer, i, n):
@@ -265,15 +270,46 @@ class HierarchyHeads(nn.Module):
         "Log-probability of each cluster, (N, n)."
         return self.router(f)[0].log_softmax(1)
     def forward(self, f): return self.likelihood(self.log_p(f), self.experts(f).log_softmax(2))
+    def expert(self, i):
+        "The expert of cluster `i` alone: features to logits."
+        return self.experts.separate(i)
 
+# %% ../nbs/55_trunk.ipynb #0b5f8fe2
+class TiedHeads(HierarchyHeads):
+    "Heads of a router that scores classes, and of experts that add to these scores."
+    def __init__(self, h:ClassHierarchy, router:nn.Module, experts:FusedHeads):
+        super().__init__(h, router, experts)
+        nobody, tensors = h.n_classes, list(map(torch.tensor, h.clusters)) # `nobody` is a column of -inf
+        self.register_buffer('members', nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=nobody), persistent=False)
+        for p in (experts.out.weight, experts.out.bias): nn.init.zeros_(p)
+    def by_cluster(self, f):
+        "The router's score of every class, cluster by cluster: (n, N, largest size)."
+        return F.pad(self.router(f)[0], (0, 1), value=-torch.inf)[:, self.members].transpose(0, 1)
+    def log_p(self, f): return self.by_cluster(f).logsumexp(2).T.log_softmax(1)
+    def forward(self, f):
+        z = self.by_cluster(f)
+        return self.likelihood(z.logsumexp(2).T.log_softmax(1), (z + self.experts(f)).log_softmax(2))
+    def expert(self, i):
+        inside = self.members[i][:self.experts.sizes[i]]
+        return Sum(self.router.separate(0, inside), self.experts.separate(i))
+
+class Sum(nn.Module):
+    "What networks say, added up."
+    def __init__(self, *nets):
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+    def forward(self, x): return sum(net(x) for net in self.nets)
+
+# %% ../nbs/55_trunk.ipynb #0b5f8fe3
 def hierarchy_heads(
     h:ClassHierarchy, # which classes form which cluster
     spec:TrunkSpec,   # what the heads are
     shape,            # of the trunk's features of one image
 ) -> HierarchyHeads:
     "New heads for a hierarchy."
-    return HierarchyHeads(h, FusedHeads(spec.router, shape, [h.n_clusters], spec.batch_norm),
-                          FusedHeads(spec.expert, shape, list(map(len, h.clusters)), spec.batch_norm, spec.pace))
+    kind, scored = (TiedHeads, h.n_classes) if spec.tied else (HierarchyHeads, h.n_clusters)
+    return kind(h, FusedHeads(spec.router, shape, [scored], spec.batch_norm),
+                FusedHeads(spec.expert, shape, list(map(len, h.clusters)), spec.batch_norm, spec.pace))
 
 # %% ../nbs/55_trunk.ipynb #eb0b6786
 def trunk_body(
@@ -426,7 +462,7 @@ def _use(self:TrunkClassifier, net, shape, normalize, device):
     "Take `net` as the trained network, with its heads apart."
     self.net, self.shape, self.normalize, self.device = net.eval(), tuple(shape), normalize, torch.device(device)
     self._body, self.router = without_batch_norm(net.body), net.heads.log_p
-    self.experts = [net.heads.experts.separate(q) for q in range(self.hierarchy.n_clusters)]
+    self.experts = [net.heads.expert(q) for q in range(self.hierarchy.n_clusters)]
     return self
 
 @patch
@@ -487,9 +523,9 @@ def cost(self:TrunkClassifier,
     "Multiply-adds for one image and parameters stored."
     x = torch.zeros(1, *self.shape, device=self.device)
     f = self.net.body(x)
-    each = sorted((multiplications(e, f) for e in self.experts), reverse=True)
+    each, own = sorted((multiplications(e, f) for e in self.experts), reverse=True), map(self.net.heads.experts.separate, range(len(self.experts)))
     return dict(macs=multiplications(self.net.body, x) + multiplications(self.router, f) + sum(each[:k]),
-                parameters=n_parameters(self.net.body) + n_parameters(self.net.heads.router) + sum(map(n_parameters, self.experts)))
+                parameters=n_parameters(self.net.body) + n_parameters(self.net.heads.router) + sum(map(n_parameters, own)))
 
 # %% ../nbs/55_trunk.ipynb #c2ec9baf
 def re_estimate(

@@ -1,4 +1,5 @@
 "One trunk and many heads: exactness of the fused heads, the likelihood, routing, and saving."
+from dataclasses import replace
 import json
 
 import numpy as np
@@ -23,6 +24,13 @@ how = recipe('one_cycle', epochs=2, bs=32)
 @pytest.fixture
 def overlapping(taxonomy): # nine classes in three clusters; class 0 in all, 4 in two
     return ClassHierarchy(taxonomy.classes, [(0, 1, 2), (0, 3, 4, 5), (0, 4, 6, 7, 8)], taxonomy.home, taxonomy.linkage, 5, gamma=3)
+
+
+tied = replace(spec, tied=True)
+
+
+@pytest.fixture
+def tied_model(dls, overlapping): return TrunkClassifier(overlapping, tied, how).fit(dls)
 
 
 @pytest.fixture
@@ -68,6 +76,50 @@ def test_fused_heads_equal_separate_ones(stages, batch_norm):
     heads.train()(torch.randn(16, *shape)) # batch normalisation has seen something
     x, heads = torch.randn(7, *shape), heads.eval()
     for i, n in enumerate(sizes): assert torch.allclose(heads(x)[i, :, :n], heads.separate(i)(x), atol=1e-5)
+
+
+def test_a_fused_network_with_chosen_outputs():
+    torch.manual_seed(0)
+    heads, x = FusedHeads(NetworkSpec('head', fc=(4,), dropout=.5), (11,), [5, 3]).eval(), torch.randn(7, 11)
+    for inside in ([4, 0], torch.tensor([4, 0])): assert torch.allclose(heads.separate(0, inside)(x), heads(x)[0][:, [4, 0]], atol=1e-6)
+
+
+def test_tied_heads_start_as_the_softmax_of_the_scores_of_classes(dls, taxonomy):
+    net, (x, y) = shared_trunk(taxonomy, tied, (3, 16, 16), seed=1), dls.train.one_batch()
+    z = net.heads.router(net.body(x))[0]
+    assert torch.allclose(net(x), z.log_softmax(1), atol=1e-5)
+    F.cross_entropy(net(x), y).backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+    assert net.heads.experts.out.weight.grad.abs().sum() > 0
+
+
+def test_tied_heads_are_equation_2_of_their_parts(tied_model, dls):
+    net, h = tied_model.net, tied_model.hierarchy
+    with torch.no_grad():
+        x = torch.cat([x for x, _ in dls[2]])
+        f = net.body(x)
+        z = net.heads.router(f)[0]
+        p = torch.stack([z[:, m].logsumexp(1) for m in h.clusters], 1).softmax(1)
+        q = [(z[:, m] + net.heads.experts(f)[i, :, :len(m)]).softmax(1) for i, m in enumerate(h.clusters)]
+    for k in (1, 2, 3):
+        wanted = combine(p, lambda i, rows: q[i][rows], h.clusters, 9, k)
+        assert np.allclose(tied_model.predict_proba(dls[2], k=k), wanted, atol=1e-5)
+    assert np.allclose(probabilities(net, dls[2])[0], wanted, atol=1e-5)
+
+
+def test_tied_heads_are_saved_and_counted_once(tied_model, images, tmp_path):
+    assert np.array_equal(TrunkClassifier.load(tied_model.save(tmp_path/'tied')).predict_proba(images.images[:5]), tied_model.predict_proba(images.images[:5]))
+    stored = lambda e: sum(v.numel() for v in e.parameters())
+    net = tied_model.net
+    own = sum(stored(net.heads.experts.separate(q)) for q in range(3))
+    assert tied_model.cost()['parameters'] == stored(net.body) + stored(net.heads.router) + own
+    f = net.body(torch.zeros(1, 3, 16, 16))
+    assert multiplications(tied_model.experts[0], f) == multiplications(net.heads.router.separate(0, [0, 1, 2]), f) + multiplications(net.heads.experts.separate(0), f)
+
+
+def test_tied_heads_without_convolutions_of_their_own():
+    with pytest.raises(ValueError, match='CNN_2 router begins with convolutions: tied heads are fully connected'):
+        trunk_spec('CNN_2', shared=(), private=1, tied=True)
 
 
 def test_superfluous_outputs_have_no_probability_and_no_gradient():
@@ -190,7 +242,7 @@ def test_predictions_with_folded_batch_normalisation_are_those_of_the_network(dl
 
 def test_the_wide_trunk_can_be_changed():
     assert wide_trunk().trunk.stages == WIDE.stages and wide_trunk().batch_norm
-    assert wide_trunk(batch_norm=False, expert=(8,)) == trunk_spec(WIDE, shared=(256,), router=(), expert=(8,), drop=.15)
+    assert wide_trunk(batch_norm=False, tied=False, expert=(8,)) == trunk_spec(WIDE, shared=(256,), router=(), expert=(8,), drop=.15)
 
 
 def test_one_cluster_and_clusters_of_one_class(dls, taxonomy, images):
