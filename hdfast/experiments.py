@@ -300,7 +300,9 @@ EXPERIMENTS = {e.name: e for e in [
                {'cpu': {}, 'paper': dict(more_sizes=[20_000], alone_sizes=[10_000, 50_000, 200_000, 1_000_000])}, alone=True)]}
 
 # %% ../nbs/80_experiments.ipynb #c8651414
-_few = ['shared trunk', 'wide trunk, batch norm, drop', 'wide trunk, batch norm, drop, linear experts', 'wide trunk, batch norm, drop, one cluster']
+_wide = 'wide trunk, batch norm, drop'
+_best = [f'{_wide}, tied', f'{_wide}, one cluster']
+_few = ["the paper's hierarchy", 'shared trunk', 'shared trunk, tied', _wide, f'{_wide}, linear experts', *_best]
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
 
 def _trunk(dataset, how, name=None, **profiles):
@@ -310,15 +312,16 @@ def _trunk(dataset, how, name=None, **profiles):
     return Experiment(name, 'none: beyond the paper', 'trunk.ipynb', shared, profiles, alone=True)
 
 def _trunks(dataset, how):
-    "The shared-trunk experiment on real images."
-    return _trunk(dataset, how, cpu=dict(epochs=RECIPES[how].epochs, runs=1, precision='bfloat16', flats=_cnns[:2], variants=_few, max_size=5),
-                  paper=dict(epochs=RECIPES[how].epochs, runs=3, flats=_cnns, variants=[], max_size=5))
+    "The shared-trunk experiments on real images."
+    shared = dict(epochs=RECIPES[how].epochs, max_size=5)
+    cpu, paper = shared | dict(precision='bfloat16', flats=_cnns[:2]), shared | dict(flats=_cnns)
+    yield _trunk(dataset, how, cpu=cpu | dict(runs=1, variants=_few), paper=paper | dict(runs=3, variants=[]))
+    yield _trunk(dataset, how, f'trunk_best_{dataset}_{how}', cpu=cpu | dict(runs=3, variants=_best), paper=paper | dict(runs=6, variants=_best))
+    yield _trunk(dataset, how, f'trunk_trial_{dataset}_{how}', paper=paper | dict(runs=1, variants=[]))
 
 EXPERIMENTS |= {e.name: e for e in [
-    _trunk('synthetic', 'one_cycle', 'trunk_synthetic', smoke=dict(epochs=3, runs=1, flats=_cnns[:2], variants=_few[:1], max_size=4)),
-    *(_trunks(dataset, how) for dataset in ('cifar100', 'caltech101') for how in ('paper', 'one_cycle')),
-    *(_trunk(dataset, how, f'trunk_trial_{dataset}_{how}', paper=dict(epochs=RECIPES[how].epochs, runs=1, flats=_cnns, variants=[], max_size=5))
-      for dataset in ('cifar100', 'caltech101') for how in ('paper', 'one_cycle'))]}
+    _trunk('synthetic', 'one_cycle', 'trunk_synthetic', smoke=dict(epochs=3, runs=1, flats=_cnns[:2], variants=_few[:3], max_size=4)),
+    *(e for dataset in ('cifar100', 'caltech101') for how in ('paper', 'one_cycle') for e in _trunks(dataset, how))]}
 
 # %% ../nbs/80_experiments.ipynb #80fe0002
 def _trust(dataset, **profiles):
@@ -326,10 +329,10 @@ def _trust(dataset, **profiles):
     shared = dict(name=f'trust_{dataset}', dataset=dataset, how='one_cycle')
     return Experiment(f'trust_{dataset}', 'none: beyond the paper', 'trust.ipynb', shared, profiles)
 
-_as_trunks = dict(epochs=RECIPES['one_cycle'].epochs, max_size=5, variants=_few[:2], wished=.8)
+_as_trunks = dict(epochs=RECIPES['one_cycle'].epochs, max_size=5, variants=['shared trunk', _best[0]], wished=.8)
 
 EXPERIMENTS |= {e.name: e for e in [
-    _trust('synthetic', smoke=dict(epochs=3, runs=1, max_size=4, variants=_few[:1])),
+    _trust('synthetic', smoke=dict(epochs=3, runs=1, max_size=4, variants=['shared trunk'])),
     _trust('cifar100', cpu=_as_trunks | dict(runs=1, precision='bfloat16'), paper=_as_trunks | dict(runs=3))]}
 
 # %% ../nbs/80_experiments.ipynb #80ff0002
