@@ -24,6 +24,7 @@ from .inference import keep_memory
 from .learners import RECIPES, held_out_confusion
 from .memory import family_memory, network_memory
 from .networks import SPECS, mlp_spec, n_parameters
+from .selection import CANDIDATES
 
 # %% ../nbs/80_experiments.ipynb #060f8c05
 repository = Path(hdfast.__file__).resolve().parent.parent
@@ -345,7 +346,7 @@ def _transfer(dataset, source, table, shared, **profiles):
     shared = dict(name=f'transfer_{dataset}', table=table, dataset=dataset, source=source) | shared
     return Experiment(f'transfer_{dataset}', table or 'none: made by code', 'transfer.ipynb', shared, profiles, needs=(source,), alone=True)
 
-_from_cifar100 = dict(options={}, size=64, flat='CNN_TL_5', router='CNN_TL_5', experts=['CNN_TL_5', 'CNN_TL_4', 'CNN_TL_3', 'CNN_TL_2'], n_clusters=48, bs=128)
+_from_cifar100 = dict(options={}, size=64, flat='CNN_TL_5', router='CNN_TL_5', experts=['CNN_TL_5', 'CNN_TL_4', 'CNN_TL_3', 'CNN_TL_2'], n_clusters=48, bs=128, joint=[s.name for s in CANDIDATES['joint']])
 _on_cifar100 = dict(options={}, size=64, network='CNN_TL_5', bs=128, lr=1e-3)
 
 EXPERIMENTS |= {e.name: e for e in [
@@ -360,7 +361,7 @@ def _imagenet(n, n_clusters):
     "Fig. 7b and Table 11 on `n` classes of ImageNet."
     images = f'imagenet{n}'
     tree = dict(name=f'cnn_{images}', dataset=images, family='cnn', n_clusters=n_clusters, gammas=[0])
-    nets = dict(flat='CNN_TL_1', router='CNN_TL_3', experts=[f'CNN_TL_{i}' for i in (5, 4, 3, 2)], n_clusters=n_clusters)
+    nets = dict(flat='CNN_TL_1', router='CNN_TL_3', experts=[f'CNN_TL_{i}' for i in (5, 4, 3, 2)], joint=[], n_clusters=n_clusters)
     return [Experiment(tree['name'], 'Fig. 7b', 'hierarchy.ipynb', tree, {'paper': dict(epochs=40, runs=1)}),
             _pretrain(images, paper=_like_vgg_f | dict(network='CNN_TL_1', epochs=20, lr=1e-3)),
             _transfer(images, f'pretrain_{images}', 'Table 11', _like_vgg_f | nets, paper=dict(epochs=40, runs=1))]
