@@ -251,7 +251,7 @@ class Experiment:
 def _hierarchy(name, table, dataset, family, n_clusters, gammas, runs):
     "A hierarchy experiment on real images."
     shared = dict(name=name, table=table, dataset=dataset, family=family, n_clusters=n_clusters, gammas=gammas)
-    few = dict(epochs=10, runs=1, precision='bfloat16') | (dict(gammas=[0]) if family == 'cnn' else {})
+    few = dict(epochs=10, runs=1, precision='bfloat16') | (dict(gammas=gammas[:2]) if family == 'cnn' else {})
     return Experiment(name, table, 'hierarchy.ipynb', shared, {'cpu': few, 'paper': dict(epochs=40, runs=runs)})
 
 # %% ../nbs/80_experiments.ipynb #3a51c0f1
