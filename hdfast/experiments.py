@@ -299,6 +299,11 @@ EXPERIMENTS = {e.name: e for e in [
                dict(name='benchmark_linkage', repeats=3, sizes=[5000, 10_000], alone_sizes=[10_000, 50_000, 200_000], whole=50_000),
                {'cpu': {}, 'paper': dict(more_sizes=[20_000], alone_sizes=[10_000, 50_000, 200_000, 1_000_000])}, alone=True)]}
 
+# %% ../nbs/80_experiments.ipynb #2d4a5653
+_overlap = EXPERIMENTS['cnn_cifar100']
+EXPERIMENTS['cnn_cifar100_overlap'] = Experiment('cnn_cifar100_overlap', 'Table 8', _overlap.page, _overlap.parameters | dict(name='cnn_cifar100_overlap'),
+                                                 {'cpu': _overlap.profiles['cpu']})
+
 # %% ../nbs/80_experiments.ipynb #c8651414
 _few = ['shared trunk', 'wide trunk, batch norm, drop', 'wide trunk, batch norm, drop, linear experts', 'wide trunk, batch norm, drop, one cluster']
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
