@@ -335,7 +335,7 @@ def _trust(dataset, **profiles):
     shared = dict(name=f'trust_{dataset}', dataset=dataset, how='one_cycle')
     return Experiment(f'trust_{dataset}', 'none: beyond the paper', 'trust.ipynb', shared, profiles)
 
-_as_trunks = dict(epochs=RECIPES['one_cycle'].epochs, max_size=5, variants=['shared trunk', _best[0]], wished=.8)
+_as_trunks = dict(epochs=RECIPES['one_cycle'].epochs, max_size=5, variants=_best[:1], wished=.8)
 
 EXPERIMENTS |= {e.name: e for e in [
     _trust('synthetic', smoke=dict(epochs=3, runs=1, max_size=4, variants=['shared trunk'])),
