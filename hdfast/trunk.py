@@ -60,7 +60,7 @@ def trunk_spec(
     dropout:float=.5,     # after each hidden layer, in training
     batch_norm:bool=False,# batch normalisation after each convolution?
     drop:float=0.,        # dropped after each pooling of the trunk, in training
-    pace:float=1.,        # factor of the gradient of the experts' own weights
+    pace:float=1.,        # factor of the gradient of the experts' fully connected layers
     tied:bool=False,      # does the router score classes, from which each expert starts?
 ) -> TrunkSpec:
     "A trunk with the convolutions of a network, and heads with these hidden widths."
@@ -424,8 +424,12 @@ def fit(self:TrunkClassifier,
     balanced:bool=False,# learn as if all classes were equally frequent?
 ) -> TrunkClassifier:
     "Train trunk and heads by the negative log-likelihood of eq. (2)."
+    if list(map(str, dls.vocab)) != list(self.hierarchy.classes): raise ValueError("the hierarchy is of other classes than the data, or of the same in another order")
+    if frozen and (len(teachers) or balanced): raise ValueError("on a frozen trunk the heads learn from the labels alone: leave teachers and balanced out")
     shape = input_shape(dls)
     net = self._new_net(shape)
+    if start is not None and self.spec.trunk.fc and not isinstance(start, SharedTrunk):
+        raise ValueError("a flat net has convolutions for a trunk, but not its shared layers: leave them out of the spec, shared=()")
     if start is not None: net.body.load_state_dict(start.body.state_dict() if isinstance(start, SharedTrunk) else _prefixed(start.body))
     net.to(dls.device)
     file = cache and Path(cache)/f'trunk_{self._key(dls, ([net] if start is not None else []) + list(teachers), [frozen, balanced])}.safetensors'
@@ -450,7 +454,7 @@ def _prefixed(body): return {f'body.{k}': v for k, v in body.state_dict().items(
 @patch
 def _key(self:TrunkClassifier, dls, nets, how):
     "A name for what this training gives: a hash of data, hierarchy, spec, recipe, seed and the weights of other networks."
-    settings = [self._format, code_version('trunk'), network_key(Job(dls, self.spec.trunk, self.seed), self.recipe), self.spec.to_dict(),
+    settings = [self._format, code_version('trunk', type(self).__module__.rpartition('.')[2]), network_key(Job(dls, self.spec.trunk, self.seed), self.recipe), self.spec.to_dict(),
                 self.hierarchy.to_json(), how]
     key = hashlib.sha256(json.dumps(settings).encode())
     for v in (v for net in nets for v in net.state_dict().values()): key.update(v.cpu().contiguous().numpy().tobytes())
@@ -462,7 +466,7 @@ def _use(self:TrunkClassifier, net, shape, normalize, device):
     "Take `net` as the trained network, with its heads apart."
     self.net, self.shape, self.normalize, self.device = net.eval(), tuple(shape), normalize, torch.device(device)
     self._body, self.router = without_batch_norm(net.body), net.heads.log_p
-    self.experts = [net.heads.expert(q) for q in range(self.hierarchy.n_clusters)]
+    self.experts = [net.heads.expert(q) if len(members) > 1 else None for q, members in enumerate(self.hierarchy.clusters)]
     return self
 
 @patch
@@ -472,7 +476,9 @@ def _opinions(self:TrunkClassifier, n, take, bs=1024):
     f = predict_in_batches(self._body, take, torch.arange(n), self.shape, self.device)
     p = torch.cat([self.router(part).exp() for part in f.split(bs)]).cpu()
     @torch.no_grad()
-    def ask(i, rows): return torch.cat([self.experts[i](part).softmax(1) for part in f[rows.to(f.device)].split(bs)]).cpu()
+    def ask(i, rows):
+        if self.experts[i] is None: return torch.ones(len(rows), 1)
+        return torch.cat([self.experts[i](part).softmax(1) for part in f[rows.to(f.device)].split(bs)]).cpu()
     return p, ask
 
 # %% ../nbs/55_trunk.ipynb #489d8cb3
@@ -523,7 +529,8 @@ def cost(self:TrunkClassifier,
     "Multiply-adds for one image and parameters stored."
     x = torch.zeros(1, *self.shape, device=self.device)
     f = self.net.body(x)
-    each, own = sorted((multiplications(e, f) for e in self.experts), reverse=True), map(self.net.heads.experts.separate, range(len(self.experts)))
+    each = sorted((multiplications(e, f) for e in self.experts if e is not None), reverse=True)
+    own = [self.net.heads.experts.separate(q) for q, e in enumerate(self.experts) if e is not None]
     return dict(macs=multiplications(self.net.body, x) + multiplications(self.router, f) + sum(each[:k]),
                 parameters=n_parameters(self.net.body) + n_parameters(self.net.heads.router) + sum(map(n_parameters, own)))
 
@@ -534,6 +541,6 @@ def re_estimate(
     cache=None,            # folder of networks trained before
 ) -> TrunkClassifier:
     "A classifier over clusters from the confusion of `model`, trained on from its trunk."
-    old = model.hierarchy
-    h = cluster_classes(held_out_confusion(model.net, dls), old.max_size, old.gamma, old.classes)
-    return type(model)(h, model.spec, model.recipe, model.seed).fit(dls, cache, start=model.net)
+    old, net = model.hierarchy, model.to(dls.device).net
+    h = cluster_classes(held_out_confusion(net, dls), old.max_size, old.gamma, old.classes)
+    return type(model)(h, model.spec, model.recipe, model.seed).fit(dls, cache, start=net)

@@ -252,6 +252,25 @@ def test_one_cluster_and_clusters_of_one_class(dls, taxonomy, images):
         assert TrunkClassifier(h, spec, how).fit(dls).predict(images.images[:4]).shape == (4,)
 
 
+def test_a_cluster_of_one_class_has_no_expert(dls, taxonomy):
+    h = ClassHierarchy(taxonomy.classes, [(0, 1, 2, 3, 4, 5), (6, 7), (8,)], [0]*6 + [1]*2 + [2], taxonomy.linkage, 9)
+    model = TrunkClassifier(h, spec, how).fit(dls)
+    assert model.experts[2] is None
+    assert np.allclose(model.predict_proba(dls[2], k=3), probabilities(model.net, dls[2])[0], atol=1e-5)
+    single = sum(v.numel() for v in model.net.heads.experts.separate(2).parameters())
+    whole = sum(v.numel() for part in (model.net.body, model.net.heads.router, *map(model.net.heads.experts.separate, range(3))) for v in part.parameters())
+    assert model.cost()['parameters'] == whole - single
+
+
+def test_fit_refuses_what_it_would_ignore(dls, taxonomy):
+    other = ClassHierarchy(taxonomy.classes[::-1], taxonomy.clusters, taxonomy.home, taxonomy.linkage, 9)
+    with pytest.raises(ValueError, match='of the same in another order'): TrunkClassifier(other, spec, how).fit(dls)
+    with pytest.raises(ValueError, match='learn from the labels alone'): TrunkClassifier(taxonomy, spec, how).fit(dls, frozen=True, balanced=True)
+    flat = flat_network(net_spec, 9, (3, 16, 16))
+    with pytest.raises(ValueError, match='not its shared layers'):
+        TrunkClassifier(taxonomy, trunk_spec(net_spec, shared=(8,)), how).fit(dls, start=flat)
+
+
 def test_flat_network_takes_the_same_changes(dls):
     net = flat_network(net_spec, 9, (3, 16, 16), batch_norm=True, drop=.2)
     assert [type(m).__name__ for m in net.body] == ['Conv2d', 'BatchNorm2d', 'ReLU', 'MaxPool2d', 'Dropout']*2
