@@ -40,14 +40,14 @@ ITEMS = [
     Item('Table 7', 'CIFAR-100, MLPs', ('mlp_cifar100',)), Item('Table 8', 'CIFAR-100, CNNs', ('cnn_cifar100',)),
     Item('Table 9', 'CIFAR-100, given and learned clusters', ('selection_cnn_cifar100',)),
     Item('Table 10', 'CalTech-101 and CIFAR-100, all models', ('selection_cnn_caltech101', 'selection_joint_caltech101', 'selection_cnn_cifar100', 'selection_joint_cifar100')),
-    Item('Table 10', 'CalTech-101, adaptive transfer', ('transfer_caltech101',)),
+    Item('Table 10', 'CalTech-101, adaptive transfer and the joint model with it', ('transfer_caltech101',)),
     Item('Table 10', 'CalTech-256, joint model', ('selection_joint_caltech256',), images='CalTech-256'),
     Item('Table 11', 'ImageNet, transfer learning', ('transfer_imagenet100', 'transfer_imagenet200'), images='ImageNet', verdict='the paper has all 1,000 classes'),
     *[Item(f'Table {i}', what, ('memory',)) for i, what in ((12, 'memory of CNN_TL'), (13, 'memory'),
       (14, 'memory of CNN_TL_1 by layer'), (15, 'memory of CNN_TL_3 by layer'), (16, 'memory of CNN_TL_5 by layer'))]]
 
 # %% ../nbs/82_summary.ipynb #82b0e002
-_trunks = tuple(f'trunk_{images}_{how}' for images in ('cifar100', 'caltech101') for how in ('one_cycle', 'paper'))
+_trunks = tuple(f'{which}_{images}_{how}' for which in ('trunk', 'trunk_best') for images in ('cifar100', 'caltech101') for how in ('one_cycle', 'paper'))
 BEYOND = [
     Item('Beyond 1', 'one trunk for the whole hierarchy, CIFAR-100', tuple(n for n in _trunks if 'cifar100' in n)),
     Item('Beyond 2', 'one trunk for the whole hierarchy, CalTech-101', tuple(n for n in _trunks if 'caltech101' in n)),
