@@ -9,6 +9,7 @@ __all__ = ['DURATIONS', 'COMMANDS', 'EXAMPLES', 'about', 'reproduce', 'decompose
 import io, os, sys, time, traceback, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from json import JSONDecodeError, dumps
@@ -150,12 +151,13 @@ def _seconds_an_epoch(dls, spec, how):
 
 # %% ../nbs/90_cli.ipynb #5858ab0b
 def _forecast(dls, how, networks):
-    "Print about how long flat net, router and experts will train."
-    seconds = [how.epochs*_seconds_an_epoch(dls, name, how) for name in networks]
-    parts = ', '.join(f'{what} {about(s)}' for what, s in zip(('flat net', 'router', 'experts') if len(seconds) == 3 else ('flat net', 'trunk'), seconds))
-    parts = f' ({parts})' if sum(seconds) >= 60 else ''
+    "Print about how long the `networks`, specs by what they are for, will train."
+    seconds = {what: how.epochs*_seconds_an_epoch(dls, spec, how) for what, spec in networks.items()}
+    parts = ', '.join(f'{what} {about(s)}' for what, s in seconds.items())
+    total = sum(seconds.values())
+    parts = f' ({parts})' if total >= 60 else ''
     print(f'      training on {dls.device}, {how.epochs} epochs, recipe {how.name}: '
-          f'{about(sum(seconds))} in all, judging by a few batches{parts}', flush=True)
+          f'{about(total)} in all, judging by a few batches{parts}', flush=True)
 
 # %% ../nbs/90_cli.ipynb #349f4b92
 def _epoch_reporter(n):
@@ -203,18 +205,48 @@ def _write_clusters(C, h, out):
     plt.close(figure)
 
 # %% ../nbs/90_cli.ipynb #0988fbf8
-def _fit_hierarchy(dls, h, router, expert, how, seed, networks):
-    "Train the router, with its epochs shown, and then the experts."
-    from hdfast.hierarchical import HierarchicalClassifier
-    from hdfast.learners import cluster_view
-    if h.n_clusters > 1: _train(cluster_view(dls, h), router, how, seed, 'the hierarchy classifier', networks)
-    with _bars(): return HierarchicalClassifier(h, router, expert, how, seed).fit(dls, networks)
+@dataclass(frozen=True)
+class _Apart:
+    "Networks of their own for the router and for each expert."
+    router:str
+    expert:str
+    recipe = 'paper'
+    @property
+    def networks(self): return {'router': self.router, 'experts': self.expert}
+    def said(self, n): return f'router {self.router}, {n} experts {self.expert}'
+    def fit(self, dls, h, how, seed, cache):
+        "Train the router, with its epochs shown, and then the experts."
+        from hdfast.hierarchical import HierarchicalClassifier
+        from hdfast.learners import cluster_view
+        if h.n_clusters > 1: _train(cluster_view(dls, h), self.router, how, seed, 'the hierarchy classifier', cache)
+        with _bars(): return HierarchicalClassifier(h, self.router, self.expert, how, seed).fit(dls, cache)
 
 # %% ../nbs/90_cli.ipynb #0988fbfa
-def _fit_trunk(dls, h, spec, how, seed, networks):
-    "Train router and experts on the convolutions of the network `spec`."
-    from hdfast.trunk import WIDE, TrunkClassifier, trunk_spec, wide_trunk
-    return TrunkClassifier(h, wide_trunk() if spec == WIDE else trunk_spec(spec, router=()), how, seed).fit(dls, networks)
+@dataclass(frozen=True)
+class _OneTrunk:
+    "Router and experts as heads on the convolutions of one network."
+    trunk:str # name of a network, or 'wide'
+    recipe = 'one_cycle'
+    @property
+    def spec(self):
+        from hdfast.trunk import trunk_spec, wide_trunk
+        return wide_trunk() if self.trunk == 'wide' else trunk_spec(self.trunk, router=(), tied=True)
+    @property
+    def networks(self):
+        from hdfast.networks import network_spec
+        from hdfast.trunk import WIDE
+        return {'trunk': WIDE if self.trunk == 'wide' else network_spec(self.trunk)}
+    def said(self, n): return f'router and {n} experts on the convolutions of {self.trunk}'
+    def fit(self, dls, h, how, seed, cache):
+        from hdfast.trunk import TrunkClassifier
+        return TrunkClassifier(h, self.spec, how, seed).fit(dls, cache)
+
+# %% ../nbs/90_cli.ipynb #0988fbfb
+def _form(router, expert, trunk):
+    "The form of the hierarchy that the options ask for; one trunk unless they name a router or an expert."
+    apart = router or expert
+    if trunk and apart: raise ValueError('--trunk shares one network between router and experts: leave --router and --expert out')
+    return _Apart(router or 'CNN_2', expert or 'CNN_3') if apart else _OneTrunk(trunk or 'wide')
 
 # %% ../nbs/90_cli.ipynb #adce79c3
 def _compare(model, dls, flat, out):
@@ -233,60 +265,52 @@ def decompose(
     size:int=None,        # side to which images are squashed, in pixels (default: 64, or a named set's own)
     clusters:int=None,    # wanted number of clusters (default: about the square root of the number of classes)
     gamma:float=None,     # let clusters overlap by this factor; the paper uses 3 and 5 (default: no overlap)
-    recipe:str=None,      # how networks are trained: paper (SGD, 40 epochs) or one_cycle (Adam, 24 epochs) (default: paper; with --trunk one_cycle)
+    recipe:str=None,      # how networks are trained: paper (SGD, 40 epochs) or one_cycle (Adam, 24 epochs) (default: one_cycle; with --router or --expert paper)
     epochs:int=None,      # passes over the training images, if not the recipe's
     flat:str='CNN_1',     # the flat network: CNN_1 to CNN_5, CNN_TL_1 to CNN_TL_5, or an MLP such as MLP_200_150
-    router:str=None,      # the network that picks a cluster (default: CNN_2)
-    expert:str=None,      # the networks that decide within a cluster (default: CNN_3)
-    trunk:str=None,       # in place of these two: the network whose convolutions router and experts share; wide is one made for it
+    trunk:str=None,       # the network whose convolutions router and experts share (default: wide, one made for it)
+    router:str=None,      # in place of a trunk, as in the paper: a network of its own that picks a cluster (with --expert CNN_2)
+    expert:str=None,      # and networks of their own that decide within a cluster (with --router CNN_3)
     seed:int=0,           # of everything random
     skip_corrupt:bool=False, # leave out files that are no readable images instead of stopping
     device:str=None,      # cpu, cuda or mps (default: the best there is)
 ) -> int: # exit status
     "Turn a folder of images into a router and small experts, compare them with one flat network, and save them."
     from hdfast.inference import keep_memory
-    out, kinds = Path(out), _kinds(flat, router, expert, trunk)
+    out, form = Path(out), _form(router, expert, trunk)
+    networks = {'flat net': flat} | form.networks
     keep_memory()
-    how = _plan(recipe or ('one_cycle' if trunk else 'paper'), epochs, size, gamma, clusters, seed, kinds)
+    how = _plan(recipe or form.recipe, epochs, size, gamma, clusters, seed, networks.values())
+    if trunk: form.spec # refuses a network without convolutions
     _check_out(out, folder)
     print(f'[1/5] Images of {folder}', flush=True)
     images = _images(folder, size, seed, skip_corrupt, clusters)
     dls = images.dataloaders(bs=how.bs, device=_device(device))
     print(f'      {images}', flush=True)
-    _forecast(dls, how, kinds)
+    _forecast(dls, how, networks)
     out.mkdir(parents=True, exist_ok=True)
-    return _decompose(images, dls, how, out, clusters, gamma, kinds, seed)
+    return _decompose(images, dls, how, out, clusters, gamma, flat, form, seed)
 
 # %% ../nbs/90_cli.ipynb #e26eac82
-def _kinds(flat, router, expert, trunk):
-    "The networks by name: flat net, router, expert; or flat net and trunk."
-    from hdfast.networks import network_spec
-    from hdfast.trunk import WIDE
-    if not trunk: return flat, router or 'CNN_2', expert or 'CNN_3'
-    if router or expert: raise ValueError('--trunk shares one network between router and experts: leave --router and --expert out')
-    return flat, WIDE if trunk == 'wide' else network_spec(trunk)
-
-def _plan(recipe, epochs, size, gamma, clusters, seed, kinds):
+def _plan(recipe, epochs, size, gamma, clusters, seed, networks):
     "The `Recipe`, after a look at all settings."
     from hdfast import learners
-    from hdfast.trunk import trunk_spec
     how = learners.recipe(recipe, **({} if epochs is None else {'epochs': epochs}))
-    _check_settings(size, gamma, clusters, seed, kinds)
-    if len(kinds) == 2: trunk_spec(kinds[1]) # refuses a network without convolutions
+    _check_settings(size, gamma, clusters, seed, networks)
     return how
 
 # %% ../nbs/90_cli.ipynb #846b56d8
-def _decompose(images, dls, how, out, clusters, gamma, kinds, seed):
+def _decompose(images, dls, how, out, clusters, gamma, flat, form, seed):
     "Flat net, clusters, hierarchy, comparison; returns the exit status."
     from hdfast.experiments import provenance
-    (flat, *rest), networks = kinds, out/'networks'
+    cache = out/'networks'
     print(f'[2/5] Flat network {flat}', flush=True)
-    net = _train(dls, flat, how, seed, 'the flat network', networks)
+    net = _train(dls, flat, how, seed, 'the flat network', cache)
     print('[3/5] Clusters of classes that it takes for each other', flush=True)
     h = _cluster(net, dls, clusters, gamma, out)
     n = sum(len(q) > 1 for q in h.clusters)
-    print('[4/5] Hierarchy: ' + (f'router {rest[0]}, {n} experts {rest[1]}' if len(rest) == 2 else f'router and {n} experts on the convolutions of {rest[0].name}'), flush=True)
-    model = (_fit_hierarchy if len(rest) == 2 else _fit_trunk)(dls, h, *rest, how, seed, networks)
+    print(f'[4/5] Hierarchy: {form.said(n)}', flush=True)
+    model = form.fit(dls, h, how, seed, cache)
     print('[5/5] Comparison on the test images', flush=True)
     _compare(model, dls, net, out)
     about_it = dict(images=images.name, fingerprint=images.fingerprint(), flat=flat)
