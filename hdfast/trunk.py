@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['WIDE', 'TrunkSpec', 'trunk_spec', 'wide_trunk', 'with_batch_norm', 'without_batch_norm', 'with_dropout',
            'changed_body', 'flat_network', 'FusedLinear', 'features_shape', 'FusedHeads', 'ClassLikelihood',
-           'HierarchyHeads', 'TiedHeads', 'Sum', 'hierarchy_heads', 'trunk_body', 'SharedTrunk', 'shared_trunk',
-           'add_to_loss', 'Distilled', 'Balanced', 'training_counts', 'TrunkClassifier', 'multiplications',
-           're_estimate']
+           'HierarchyHeads', 'TiedHeads', 'hierarchy_heads', 'trunk_body', 'SharedTrunk', 'shared_trunk', 'add_to_loss',
+           'Distilled', 'Balanced', 'training_counts', 'TrunkClassifier', 'multiplications', 're_estimate']
 
 # %% ../nbs/55_trunk.ipynb #49f44519
 import hashlib, json
@@ -156,12 +155,12 @@ class FusedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, 1, n_out).uniform_(-bound, bound))
     def forward(self, x):
         return torch.baddbmm(_Paced.apply(self.bias, self.pace), x, _Paced.apply(self.weight, self.pace))
-    def separate(self, i, outputs=slice(None)):
-        "Layer `i` alone, with some of its outputs: a slice, or a list of their numbers."
-        weight, bias = self.weight[i, :, outputs].T, self.bias[i, 0, outputs]
-        layer = nn.utils.skip_init(nn.Linear, *weight.T.shape).to(weight.device)
-        layer.weight.data.copy_(weight)
-        layer.bias.data.copy_(bias)
+    def separate(self, i, n_out=None):
+        "Layer `i` alone, with its first `n_out` outputs."
+        _, n_in, width = self.weight.shape
+        layer = nn.utils.skip_init(nn.Linear, n_in, n_out or width).to(self.weight.device)
+        layer.weight.data.copy_(self.weight[i, :, :n_out].T)
+        layer.bias.data.copy_(self.bias[i, 0, :n_out])
         return layer
 
 # %% ../nbs/55_trunk.ipynb #95b0f682
@@ -222,16 +221,15 @@ def forward(self:FusedHeads, x):
 # %% ../nbs/55_trunk.ipynb #281cc145
 @patch
 def separate(self:FusedHeads,
-    i:int,       # which of the n
-    outputs=None # numbers of the outputs wanted; all that it has by default
-) -> nn.Sequential: # (N, ...) to logits (N, number of outputs)
+    i:int, # which of the n
+) -> nn.Sequential: # (N, ...) to logits (N, sizes[i])
     "Network `i` alone, with copies of its weights."
     layers = OrderedDict((name, _slice(layer, i, len(self.sizes))) for name, layer in self.body.named_children())
     layers['flatten'] = nn.Flatten()
     for j, layer in enumerate(self.layers):
         if isinstance(layer, nn.Dropout): layers[f'drop{j}'] = layer
         else: layers |= {f'fc{j}': layer.separate(i), f'fc{j}_relu': nn.ReLU()}
-    layers['out'] = self.out.separate(i, slice(self.sizes[i]) if outputs is None else outputs)
+    layers['out'] = self.out.separate(i, self.sizes[i])
     return nn.Sequential(layers).eval()
 
 def _slice(layer, i, n):
@@ -266,13 +264,14 @@ class HierarchyHeads(nn.Module):
     def __init__(self, h:ClassHierarchy, router:nn.Module, experts:FusedHeads):
         super().__init__()
         self.router, self.experts, self.likelihood = router, experts, ClassLikelihood(h.clusters, h.n_classes)
-    def log_p(self, f):
-        "Log-probability of each cluster, (N, n)."
-        return self.router(f)[0].log_softmax(1)
+    def clusters(self, scores):
+        "Log-probability of each cluster, (N, n), from the router's scores."
+        return scores.log_softmax(1)
+    def start(self, i, scores):
+        "What the expert of cluster `i` adds its logits to, from the router's scores."
+        return 0
+    def log_p(self, f): return self.clusters(self.router(f)[0])
     def forward(self, f): return self.likelihood(self.log_p(f), self.experts(f).log_softmax(2))
-    def expert(self, i):
-        "The expert of cluster `i` alone: features to logits."
-        return self.experts.separate(i)
 
 # %% ../nbs/55_trunk.ipynb #0b5f8fe2
 class TiedHeads(HierarchyHeads):
@@ -282,23 +281,14 @@ class TiedHeads(HierarchyHeads):
         nobody, tensors = h.n_classes, list(map(torch.tensor, h.clusters)) # `nobody` is a column of -inf
         self.register_buffer('members', nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=nobody), persistent=False)
         for p in (experts.out.weight, experts.out.bias): nn.init.zeros_(p)
-    def by_cluster(self, f):
-        "The router's score of every class, cluster by cluster: (n, N, largest size)."
-        return F.pad(self.router(f)[0], (0, 1), value=-torch.inf)[:, self.members].transpose(0, 1)
-    def log_p(self, f): return self.by_cluster(f).logsumexp(2).T.log_softmax(1)
+    def by_cluster(self, scores):
+        "The router's scores of the classes of each cluster, (N, n, largest size)."
+        return F.pad(scores, (0, 1), value=-torch.inf)[:, self.members]
+    def clusters(self, scores): return self.by_cluster(scores).logsumexp(2).log_softmax(1)
+    def start(self, i, scores): return scores[:, self.members[i, :self.experts.sizes[i]]]
     def forward(self, f):
-        z = self.by_cluster(f)
-        return self.likelihood(z.logsumexp(2).T.log_softmax(1), (z + self.experts(f)).log_softmax(2))
-    def expert(self, i):
-        inside = self.members[i][:self.experts.sizes[i]]
-        return Sum(self.router.separate(0, inside), self.experts.separate(i))
-
-class Sum(nn.Module):
-    "What networks say, added up."
-    def __init__(self, *nets):
-        super().__init__()
-        self.nets = nn.ModuleList(nets)
-    def forward(self, x): return sum(net(x) for net in self.nets)
+        scores = self.router(f)[0]
+        return self.likelihood(self.clusters(scores), (self.by_cluster(scores).transpose(0, 1) + self.experts(f)).log_softmax(2))
 
 # %% ../nbs/55_trunk.ipynb #0b5f8fe3
 def hierarchy_heads(
@@ -465,21 +455,22 @@ def _key(self:TrunkClassifier, dls, nets, how):
 def _use(self:TrunkClassifier, net, shape, normalize, device):
     "Take `net` as the trained network, with its heads apart."
     self.net, self.shape, self.normalize, self.device = net.eval(), tuple(shape), normalize, torch.device(device)
-    self._body, self.router = without_batch_norm(net.body), net.heads.log_p
-    self.experts = [net.heads.expert(q) if len(members) > 1 else None for q, members in enumerate(self.hierarchy.clusters)]
+    self._body, self.router = without_batch_norm(net.body), net.heads.router
+    self.experts = [net.heads.experts.separate(q) if len(members) > 1 else None for q, members in enumerate(self.hierarchy.clusters)]
     return self
 
 @patch
 @torch.no_grad()
 def _opinions(self:TrunkClassifier, n, take, bs=1024):
     "Cluster probabilities (n, clusters) of all rows, and the function that asks an expert about some."
-    f = predict_in_batches(self._body, take, torch.arange(n), self.shape, self.device)
-    p = torch.cat([self.router(part).exp() for part in f.split(bs)]).cpu()
+    heads, f = self.net.heads, predict_in_batches(self._body, take, torch.arange(n), self.shape, self.device)
+    scores = torch.cat([self.router(part)[0] for part in f.split(bs)])
     @torch.no_grad()
     def ask(i, rows):
         if self.experts[i] is None: return torch.ones(len(rows), 1)
-        return torch.cat([self.experts[i](part).softmax(1) for part in f[rows.to(f.device)].split(bs)]).cpu()
-    return p, ask
+        parts = rows.to(f.device).split(bs)
+        return torch.cat([(self.experts[i](f[part]) + heads.start(i, scores[part])).softmax(1) for part in parts]).cpu()
+    return heads.clusters(scores).exp().cpu(), ask
 
 # %% ../nbs/55_trunk.ipynb #489d8cb3
 @patch
@@ -530,9 +521,8 @@ def cost(self:TrunkClassifier,
     x = torch.zeros(1, *self.shape, device=self.device)
     f = self.net.body(x)
     each = sorted((multiplications(e, f) for e in self.experts if e is not None), reverse=True)
-    own = [self.net.heads.experts.separate(q) for q, e in enumerate(self.experts) if e is not None]
     return dict(macs=multiplications(self.net.body, x) + multiplications(self.router, f) + sum(each[:k]),
-                parameters=n_parameters(self.net.body) + n_parameters(self.net.heads.router) + sum(map(n_parameters, own)))
+                parameters=n_parameters(self.net.body) + n_parameters(self.router) + sum(n_parameters(e) for e in self.experts if e is not None))
 
 # %% ../nbs/55_trunk.ipynb #c2ec9baf
 def re_estimate(
