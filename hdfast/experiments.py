@@ -24,6 +24,7 @@ from .inference import keep_memory
 from .learners import RECIPES, held_out_confusion
 from .memory import family_memory, network_memory
 from .networks import SPECS, mlp_spec, n_parameters
+from .selection import CANDIDATES
 
 # %% ../nbs/80_experiments.ipynb #060f8c05
 repository = Path(hdfast.__file__).resolve().parent.parent
@@ -296,11 +297,13 @@ EXPERIMENTS = {e.name: e for e in [
     Experiment('benchmark_speed', 'speed of training and asking', 'benchmark_speed.ipynb', dict(name='benchmark_speed', epochs=20, cnn_images=100, n_images=[50, 1024]),
                {'cpu': dict(repeats=3), 'paper': dict(repeats=7, cnn_epochs=3)}, alone=True),
     Experiment('benchmark_linkage', 'speed of linking many classes', 'benchmark_linkage.ipynb',
-               dict(name='benchmark_linkage', repeats=3, sizes=[5000, 10_000], alone_sizes=[10_000, 50_000, 200_000, 1_000_000], whole=50_000),
-               {'cpu': {}, 'paper': dict(more_sizes=[20_000])}, alone=True)]}
+               dict(name='benchmark_linkage', repeats=3, sizes=[5000, 10_000], alone_sizes=[10_000, 50_000, 200_000], whole=50_000),
+               {'cpu': {}, 'paper': dict(more_sizes=[20_000], alone_sizes=[10_000, 50_000, 200_000, 1_000_000])}, alone=True)]}
 
 # %% ../nbs/80_experiments.ipynb #c8651414
-_few = ['shared trunk', 'wide trunk, batch norm, drop', 'wide trunk, batch norm, drop, linear experts', 'wide trunk, batch norm, drop, one cluster']
+_wide = 'wide trunk, batch norm, drop'
+_best = [f'{_wide}, tied', f'{_wide}, one cluster']
+_few = ["the paper's hierarchy", 'shared trunk', 'shared trunk, tied', _wide, f'{_wide}, linear experts', *_best]
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
 
 def _trunk(dataset, how, name=None, **profiles):
@@ -310,15 +313,16 @@ def _trunk(dataset, how, name=None, **profiles):
     return Experiment(name, 'none: beyond the paper', 'trunk.ipynb', shared, profiles, alone=True)
 
 def _trunks(dataset, how):
-    "The shared-trunk experiment on real images."
-    return _trunk(dataset, how, cpu=dict(epochs=RECIPES[how].epochs, runs=1, precision='bfloat16', flats=_cnns[:2], variants=_few, max_size=5),
-                  paper=dict(epochs=RECIPES[how].epochs, runs=3, flats=_cnns, variants=[], max_size=5))
+    "The shared-trunk experiments on real images."
+    shared = dict(epochs=RECIPES[how].epochs, max_size=5)
+    cpu, paper = shared | dict(precision='bfloat16', flats=_cnns[:2]), shared | dict(flats=_cnns)
+    yield _trunk(dataset, how, cpu=cpu | dict(runs=1, variants=_few), paper=paper | dict(runs=3, variants=[]))
+    yield _trunk(dataset, how, f'trunk_best_{dataset}_{how}', cpu=cpu | dict(runs=3, variants=_best), paper=paper | dict(runs=6, variants=_best))
+    yield _trunk(dataset, how, f'trunk_trial_{dataset}_{how}', paper=paper | dict(runs=1, variants=[]))
 
 EXPERIMENTS |= {e.name: e for e in [
-    _trunk('synthetic', 'one_cycle', 'trunk_synthetic', smoke=dict(epochs=3, runs=1, flats=_cnns[:2], variants=_few[:1], max_size=4)),
-    *(_trunks(dataset, how) for dataset in ('cifar100', 'caltech101') for how in ('paper', 'one_cycle')),
-    *(_trunk(dataset, how, f'trunk_trial_{dataset}_{how}', paper=dict(epochs=RECIPES[how].epochs, runs=1, flats=_cnns, variants=[], max_size=5))
-      for dataset in ('cifar100', 'caltech101') for how in ('paper', 'one_cycle'))]}
+    _trunk('synthetic', 'one_cycle', 'trunk_synthetic', smoke=dict(epochs=3, runs=1, flats=_cnns[:2], variants=_few[:3], max_size=4)),
+    *(e for dataset in ('cifar100', 'caltech101') for how in ('paper', 'one_cycle') for e in _trunks(dataset, how))]}
 
 # %% ../nbs/80_experiments.ipynb #80fe0002
 def _trust(dataset, **profiles):
@@ -326,10 +330,10 @@ def _trust(dataset, **profiles):
     shared = dict(name=f'trust_{dataset}', dataset=dataset, how='one_cycle')
     return Experiment(f'trust_{dataset}', 'none: beyond the paper', 'trust.ipynb', shared, profiles)
 
-_as_trunks = dict(epochs=RECIPES['one_cycle'].epochs, max_size=5, variants=_few[:2], wished=.8)
+_as_trunks = dict(epochs=RECIPES['one_cycle'].epochs, max_size=5, variants=['shared trunk', _best[0]], wished=.8)
 
 EXPERIMENTS |= {e.name: e for e in [
-    _trust('synthetic', smoke=dict(epochs=3, runs=1, max_size=4, variants=_few[:1])),
+    _trust('synthetic', smoke=dict(epochs=3, runs=1, max_size=4, variants=['shared trunk'])),
     _trust('cifar100', cpu=_as_trunks | dict(runs=1, precision='bfloat16'), paper=_as_trunks | dict(runs=3))]}
 
 # %% ../nbs/80_experiments.ipynb #80ff0002
@@ -342,7 +346,7 @@ def _transfer(dataset, source, table, shared, **profiles):
     shared = dict(name=f'transfer_{dataset}', table=table, dataset=dataset, source=source) | shared
     return Experiment(f'transfer_{dataset}', table or 'none: made by code', 'transfer.ipynb', shared, profiles, needs=(source,), alone=True)
 
-_from_cifar100 = dict(options={}, size=64, flat='CNN_TL_5', router='CNN_TL_5', experts=['CNN_TL_5', 'CNN_TL_4', 'CNN_TL_3', 'CNN_TL_2'], n_clusters=48, bs=128)
+_from_cifar100 = dict(options={}, size=64, flat='CNN_TL_5', router='CNN_TL_5', experts=['CNN_TL_5', 'CNN_TL_4', 'CNN_TL_3', 'CNN_TL_2'], n_clusters=48, bs=128, joint=[s.name for s in CANDIDATES['joint']])
 _on_cifar100 = dict(options={}, size=64, network='CNN_TL_5', bs=128, lr=1e-3)
 
 EXPERIMENTS |= {e.name: e for e in [
@@ -357,7 +361,7 @@ def _imagenet(n, n_clusters):
     "Fig. 7b and Table 11 on `n` classes of ImageNet."
     images = f'imagenet{n}'
     tree = dict(name=f'cnn_{images}', dataset=images, family='cnn', n_clusters=n_clusters, gammas=[0])
-    nets = dict(flat='CNN_TL_1', router='CNN_TL_3', experts=[f'CNN_TL_{i}' for i in (5, 4, 3, 2)], n_clusters=n_clusters)
+    nets = dict(flat='CNN_TL_1', router='CNN_TL_3', experts=[f'CNN_TL_{i}' for i in (5, 4, 3, 2)], joint=[], n_clusters=n_clusters)
     return [Experiment(tree['name'], 'Fig. 7b', 'hierarchy.ipynb', tree, {'paper': dict(epochs=40, runs=1)}),
             _pretrain(images, paper=_like_vgg_f | dict(network='CNN_TL_1', epochs=20, lr=1e-3)),
             _transfer(images, f'pretrain_{images}', 'Table 11', _like_vgg_f | nets, paper=dict(epochs=40, runs=1))]
