@@ -269,8 +269,8 @@ def decompose(
     epochs:int=None,      # passes over the training images, if not the recipe's
     flat:str='CNN_1',     # the flat network: CNN_1 to CNN_5, CNN_TL_1 to CNN_TL_5, or an MLP such as MLP_200_150
     trunk:str=None,       # the network whose convolutions router and experts share (default: wide, one made for it)
-    router:str=None,      # in place of a trunk, as in the paper: a network of its own that picks a cluster (with --expert CNN_2)
-    expert:str=None,      # and networks of their own that decide within a cluster (with --router CNN_3)
+    router:str=None,      # in place of a trunk, as in the paper: a network of its own that picks a cluster (default if only --expert is given: CNN_2)
+    expert:str=None,      # and networks of their own that decide within a cluster (default if only --router is given: CNN_3)
     seed:int=0,           # of everything random
     skip_corrupt:bool=False, # leave out files that are no readable images instead of stopping
     device:str=None,      # cpu, cuda or mps (default: the best there is)
