@@ -302,7 +302,7 @@ EXPERIMENTS = {e.name: e for e in [
 
 # %% ../nbs/80_experiments.ipynb #2d4a5653
 _overlap = EXPERIMENTS['cnn_cifar100']
-EXPERIMENTS['cnn_cifar100_overlap'] = Experiment('cnn_cifar100_overlap', 'Table 8', _overlap.page, _overlap.parameters | dict(name='cnn_cifar100_overlap'),
+EXPERIMENTS['cnn_cifar100_overlap'] = Experiment('cnn_cifar100_overlap', 'none: Table 8 with overlap', _overlap.page, _overlap.parameters | dict(name='cnn_cifar100_overlap'),
                                                  {'cpu': _overlap.profiles['cpu']})
 
 # %% ../nbs/80_experiments.ipynb #c8651414
