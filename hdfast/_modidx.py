@@ -419,6 +419,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'hdfast.learners.accuracy_on': ('learners.html#accuracy_on', 'hdfast/learners.py'),
                                  'hdfast.learners.as_view': ('learners.html#as_view', 'hdfast/learners.py'),
                                  'hdfast.learners.build_network': ('learners.html#build_network', 'hdfast/learners.py'),
+                                 'hdfast.learners.check_classes': ('learners.html#check_classes', 'hdfast/learners.py'),
                                  'hdfast.learners.check_predictions': ('learners.html#check_predictions', 'hdfast/learners.py'),
                                  'hdfast.learners.class_view': ('learners.html#class_view', 'hdfast/learners.py'),
                                  'hdfast.learners.cluster_view': ('learners.html#cluster_view', 'hdfast/learners.py'),

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['torch_optimizers', 'optimizers', 'RECIPES', 'View', 'ImageView', 'Normalization', 'ImageDL', 'ViewDataLoaders',
-           'crop_flip', 'DatasetView', 'as_view', 'cluster_view', 'class_view', 'Recipe', 'recipe', 'computed_in',
-           'StopOnNaN', 'SkipValidation', 'check_predictions', 'training_loader', 'build_network', 'network_learner',
-           'input_shape', 'mlp_learner', 'cnn_learner', 'cnn_tl_learner', 'probabilities', 'accuracy_on',
-           'held_out_confusion']
+           'crop_flip', 'DatasetView', 'as_view', 'cluster_view', 'check_classes', 'class_view', 'Recipe', 'recipe',
+           'computed_in', 'StopOnNaN', 'SkipValidation', 'check_predictions', 'training_loader', 'build_network',
+           'network_learner', 'input_shape', 'mlp_learner', 'cnn_learner', 'cnn_tl_learner', 'probabilities',
+           'accuracy_on', 'held_out_confusion']
 
 # %% ../nbs/40_learners.ipynb #a42bf9b7
 import random
@@ -196,9 +196,16 @@ def cluster_view(
     h:ClassHierarchy, # hierarchy of the same K classes
 ) -> DataLoaders:     # over h.n_clusters labels
     "The same samples, labelled by the home cluster of their class."
+    check_classes(dls, h)
+    return _views(dls, lambda v: v.relabel(h.home.copy(), [f'cluster {q}' for q in range(h.n_clusters)]))
+
+def check_classes(
+    dls,              # DataLoaders
+    h:ClassHierarchy, # that should be over the same classes, in the same order
+):
+    "ValueError that names the first difference between the classes of the data and of the hierarchy."
     if list(map(str, dls.vocab)) != list(h.classes):
         raise ValueError(f"the hierarchy is of other classes than the data: {_first_difference(h.classes, dls.vocab)}")
-    return _views(dls, lambda v: v.relabel(h.home.copy(), [f'cluster {q}' for q in range(h.n_clusters)]))
 
 def _first_difference(a, b):
     if len(a) != len(b): return f"{len(a)} and {len(b)} classes"

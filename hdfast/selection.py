@@ -29,7 +29,7 @@ from .clustering import ClassHierarchy, palette, sub_confusion
 from .confusion import distance_matrix
 from .families import Job, bar_over, fit_networks
 from .hierarchical import HierarchicalClassifier, class_scores
-from .learners import accuracy_on, as_view, class_view, held_out_confusion, probabilities, recipe
+from .learners import accuracy_on, as_view, check_classes, class_view, held_out_confusion, probabilities, recipe
 from .linkage import average_linkage
 from .networks import NetworkSpec, mlp_spec, n_parameters, network_spec
 
@@ -104,7 +104,7 @@ def candidate_jobs(
 
 def _check_hierarchy(dls, h):
     "ValueError unless `h` is a hierarchy of one level over the classes of `dls`."
-    if list(map(str, dls.vocab)) != list(h.classes): raise ValueError("the hierarchy is of other classes than the data, or of the same in another order")
+    check_classes(dls, h)
     if any(child is not None for child in h.children): raise ValueError("this hierarchy has clusters within clusters: choose networks for each level by itself")
 
 def _some(names): return ', '.join(map(str, names[:3])) + (' ...' if len(names) > 3 else '')

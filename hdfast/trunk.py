@@ -25,7 +25,7 @@ from .clustering import ClassHierarchy, cluster_classes
 from .families import Job, code_version, feature_dataloaders, network_key, save_weights, train
 from .hierarchical import HierarchicalClassifier
 from .inference import predict_in_batches
-from .learners import Normalization, Recipe, as_view, held_out_confusion, input_shape, probabilities
+from .learners import Normalization, Recipe, as_view, check_classes, held_out_confusion, input_shape, probabilities
 from .networks import Conv, NetworkSpec, Stage, n_parameters, network, network_spec, seeded
 
 # %% ../nbs/55_trunk.ipynb #0f3761fb
@@ -414,7 +414,7 @@ def fit(self:TrunkClassifier,
     balanced:bool=False,# learn as if all classes were equally frequent?
 ) -> TrunkClassifier:
     "Train trunk and heads by the negative log-likelihood of eq. (2)."
-    if list(map(str, dls.vocab)) != list(self.hierarchy.classes): raise ValueError("the hierarchy is of other classes than the data, or of the same in another order")
+    check_classes(dls, self.hierarchy)
     if frozen and (len(teachers) or balanced): raise ValueError("on a frozen trunk the heads learn from the labels alone: leave teachers and balanced out")
     shape = input_shape(dls)
     net = self._new_net(shape)
