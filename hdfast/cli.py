@@ -12,7 +12,7 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
-from json import JSONDecodeError, dumps
+from json import JSONDecodeError, dumps, loads
 from pathlib import Path
 from typing import Annotated
 from fastcore.script import anno_parser
@@ -47,10 +47,19 @@ def _bars():
 DURATIONS = {'smoke': 'about 4 minutes on one core for all pages, under a minute for one', 'cpu': 'minutes for an experiment with MLPs, hours for one with CNNs, on 2 cores',
              'paper': 'about an hour for an experiment with MLPs, many hours for one with CNNs and overlap, on 2 cores (choose with --only)'}
 
+def _result(out, name):
+    "Profile and runs of a result, or a dash."
+    file = out/f'{name}.json'
+    if not file.exists(): return '-'
+    try: about = loads(file.read_text(encoding='utf-8'))
+    except JSONDecodeError: return 'unreadable'
+    runs = about['parameters'].get('runs')
+    return about['provenance']['profile'] + (f", {runs} run{'s'*(runs > 1)}" if runs else '')
+
 def _list_experiments(experiments, out):
     "Print a table of the experiments: name, what it regenerates, profiles, and whether `out` has a result."
     rows = [('name', 'regenerates', 'profiles', 'result')]
-    rows += [(e.name, e.table, ', '.join(e.profiles), 'there' if (out/f'{e.name}.json').exists() else '-') for e in experiments]
+    rows += [(e.name, e.table, ', '.join(e.profiles), _result(out, e.name)) for e in experiments]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows: print('  '.join(value.ljust(w) for value, w in zip(row, widths)).rstrip())
     return 0

@@ -231,10 +231,11 @@ def load_result(
 def caption(
     about:dict, # provenance, from `load_result`
 ) -> str:
-    "Profile, runs, epochs, device, versions and commit of a result in one line."
+    "Profile, runs, epochs, recipe, device, versions and commit of a result in one line."
     p, m = about['parameters'], about['provenance']
     commit = (m['git_sha'] or 'unknown')[:10] + (' with changes' if m['git_dirty'] else '')
-    return (f"profile {m['profile']}, {p['runs']} run(s) of {p['epochs']} epochs, {m['device']}, {m.get('arithmetic', 'float32')}, "
+    rule = p.get('recipe_name', p.get('how', 'paper'))
+    return (f"profile {m['profile']}, {p['runs']} run(s) of {p['epochs']} epochs, recipe {rule}, {m['device']}, {m.get('arithmetic', 'float32')}, "
             f"torch {m['versions']['torch']}, commit {commit}")
 
 # %% ../nbs/80_experiments.ipynb #d884ff21

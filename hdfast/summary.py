@@ -39,7 +39,7 @@ ITEMS = [
     Item('Table 6', 'CalTech-256, CNNs', ('cnn_caltech256',), images='CalTech-256'),
     Item('Table 7', 'CIFAR-100, MLPs', ('mlp_cifar100',)), Item('Table 8', 'CIFAR-100, CNNs', ('cnn_cifar100', 'cnn_cifar100_overlap')),
     Item('Table 9', 'CIFAR-100, given and learned clusters', ('selection_cnn_cifar100',)),
-    Item('Table 10', 'CalTech-101 and CIFAR-100, all models', ('selection_cnn_caltech101', 'selection_joint_caltech101', 'selection_cnn_cifar100', 'selection_joint_cifar100')),
+    Item('Table 10', 'CalTech-101 and CIFAR-100, all models but transfer', ('selection_cnn_caltech101', 'selection_joint_caltech101', 'selection_joint_cifar100')),
     Item('Table 10', 'CalTech-101, adaptive transfer and the joint model with it', ('transfer_caltech101',)),
     Item('Table 10', 'CalTech-256, joint model', ('selection_joint_caltech256',), images='CalTech-256'),
     Item('Table 11', 'ImageNet, transfer learning', ('transfer_imagenet100', 'transfer_imagenet200'), images='ImageNet', verdict='the paper has all 1,000 classes'),
@@ -54,7 +54,7 @@ BEYOND = [
     Item('Beyond 3', 'perceptrons chosen for each cluster', ('selection_mlp_caltech101', 'selection_mlp_cifar100')),
     Item('Beyond 4', 'memory of the whole family of Table 13, in MB', ('memory',)),
     Item('Beyond 5', 'speed of loading images: how many times as fast the first is', ('benchmark_loader',)),
-    Item('Beyond 6', 'speed of training and of asking: how many times as fast the first is (below 1: slower)', ('benchmark_speed',)),
+    Item('Beyond 6', 'speed of training and of prediction: how many times as fast the first is (below 1: slower)', ('benchmark_speed',)),
     Item('Beyond 7', 'speed of linking many classes: how many times as fast the first is (below 1: slower)', ('benchmark_linkage',)),
     Item('Beyond 8', 'calibration error of flat net and hierarchies, CIFAR-100', ('trust_cifar100',))]
 ITEMS += [Item('Table 13', 'HD-CNN, measured', _trunks, verdict='other images and networks than the paper\'s'), *BEYOND]
@@ -82,20 +82,26 @@ def protocol(
     if 'epochs' not in full or 'runs' not in full: return ''
     less = [f'{made[k]} of {full[k]} {what}' for k, what in (('epochs', 'epochs'), ('size', 'pixels')) if k in made and made[k] != full.get(k, made[k])]
     if n < full['runs']: less.append(f"{n:g} of {full['runs']} runs")
-    if made.get('family') != 'mlp' and 'bfloat16' in about['provenance'].get('arithmetic', ''): less.append('bfloat16')
+    if _in_bfloat16(about): less.append('bfloat16')
     if made.get('recipe_name', 'paper') != 'paper': less.append(f"recipe {made['recipe_name']}")
     if 'source' in made: less.append('backbone other than VGG-f')
     return '○ ' + ', '.join(less) if less else '● full'
+
+def _in_bfloat16(about): return about['parameters'].get('family') != 'mlp' and 'bfloat16' in about['provenance'].get('arithmetic', '')
 
 # %% ../nbs/82_summary.ipynb #173a3a93
 def _accuracies(table, name):
     "Lines of Tables 3 to 8: HC and FC of every clustering."
     for r in table.to_dict('records'):
         for what, ours in (('HC', 'HC home'), ('FC', 'FC')):
-            if pd.notna(r[ours]):
-                yield dict(number=f"{r['gamma']}, {what}", ours=r[ours], sd=r[f'{ours} sd'], n=r['n'], paper=r[f'paper {what}'], verdict=verdict(r[ours], r[f'paper {what}']))
+            if pd.isna(r[ours]): continue
+            same = what == 'HC' and r['gamma'] not in ('flat', 'disjoint')
+            yield dict(number=f"{_clusters(r['gamma'])}, {what}", ours=r[ours], sd=r[f'{ours} sd'], n=r['n'], paper=r[f'paper {what}'],
+                       verdict='one router for every γ' if same else verdict(r[ours], r[f'paper {what}']))
     wanted = ['disjoint' if g == 0 else f'{g:g}' for g in EXPERIMENTS[name].parameters['gammas']]
-    yield from (dict(number=f'{g}, HC and FC', verdict='not run yet') for g in wanted if g not in set(table.gamma))
+    yield from (dict(number=f'{_clusters(g)}, HC and FC', verdict='not run yet') for g in wanted if g not in set(table.gamma))
+
+def _clusters(gamma): return gamma if gamma in ('flat', 'disjoint') else f'γ = {gamma}'
 
 def _selected(table):
     "Lines of Tables 9 and 10: accuracy of every way to choose experts, or of every model."
@@ -181,7 +187,9 @@ def _marked(line, item, name, about):
     "A line with its protocol, and with the item's own verdict if it has one."
     if 'ours' not in line: return line
     marked, epochs = line if not item.verdict else line | dict(verdict=item.verdict), about['parameters'].get('epochs')
-    if item.name.startswith('Beyond') or EXPERIMENTS[name].page == 'trunk.ipynb': return marked | dict(protocol=f'{epochs} epochs' if epochs else '')
+    if item.name.startswith('Beyond') or EXPERIMENTS[name].page == 'trunk.ipynb':
+        trained = epochs and 'runs' in about['parameters']
+        return marked | dict(protocol=f'{epochs} epochs' + ', bfloat16'*_in_bfloat16(about) if trained else '')
     return marked | dict(protocol=protocol(name, about, line.get('n', 0)))
 
 # %% ../nbs/82_summary.ipynb #0ce84a4a
@@ -212,10 +220,11 @@ def _caption(name, out):
     return f"From {name}, profile {about['provenance']['profile']}{marks and ', '}{marks}"
 
 # %% ../nbs/82_summary.ipynb #d94b982a
-def _shown(v):
-    "A cell as text."
-    if isinstance(v, float): return '' if np.isnan(v) else f'{v:.2f}'.removesuffix('.00')
-    return '' if v is None else str(v)
+def _shown(column):
+    "The cells of a column as text: two decimals, unless all of its numbers are whole."
+    if not pd.api.types.is_numeric_dtype(column): return column.fillna('').astype(str)
+    digits = 0 if (column.dropna() % 1 == 0).all() else 2
+    return column.map(lambda v: '' if np.isnan(v) else f'{v:.{digits}f}')
 
 _head = ('Every table and figure of the paper, and what goes beyond it. Accuracies are in percent on test images, mean and standard deviation over n runs. HC is the share of images sent to the home cluster of their class, FC the share whose class is right; memory is in megabytes. '
          'Written by `hdfast reproduce` from the result files in this folder. A full circle (●) marks a row of the paper that reaches our profile `paper` in full: '
@@ -232,7 +241,7 @@ def _sections(out):
         if parts[0].figure:
             name, picture = _picture(parts[0], out) or ('', None)
             yield title, picture, _caption(name, out) if picture else _absent(parts[0])
-        else: yield title, None, lines[lines.item == item].drop(columns='item').replace('', np.nan).dropna(axis=1, how='all').map(_shown)
+        else: yield title, None, lines[lines.item == item].drop(columns='item').replace('', np.nan).dropna(axis=1, how='all').apply(_shown)
 
 def _markdown(columns): return '| ' + ' | '.join(str(c).replace('|', r'\|') for c in columns) + ' |'
 

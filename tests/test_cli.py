@@ -391,11 +391,14 @@ def test_reproduce_needs_papermill(runs, monkeypatch, capsys):
 
 
 def test_list(runs, tmp_path, capsys):
-    (tmp_path/'mlp_caltech101.json').write_text('{}')
+    for name, parameters in (('mlp_caltech101', dict(runs=2)), ('memory', {})):
+        (tmp_path/f'{name}.json').write_text(json.dumps(dict(parameters=parameters, provenance=dict(profile='cpu'))))
+    (tmp_path/'mlp_cifar100.json').write_text('{')
     assert main(['reproduce', '--list', '--out', tmp_path]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ['name', 'regenerates', 'profiles', 'result'] and [r[0] for r in rows[1:]] == list(experiments.EXPERIMENTS)
-    assert ['mlp_caltech101', 'Table', '3', 'cpu,', 'paper', 'there'] in rows and ['mlp_caltech256', 'Table', '5', 'cpu,', 'paper', '-'] in rows
+    assert ['mlp_caltech101', 'Table', '3', 'cpu,', 'paper', 'cpu,', '2', 'runs'] in rows and ['mlp_caltech256', 'Table', '5', 'cpu,', 'paper', '-'] in rows
+    assert [r[-1] for r in rows if r[0] in ('memory', 'mlp_cifar100')] == ['unreadable', 'cpu']
     assert runs.called == []
 
 
