@@ -162,6 +162,7 @@ def _layers(out, name, item):
         ok, n = int(table[f'{what}_explained'].astype(str).eq('True').sum()), int(table[f'printed_{what}'].notna().sum())
         yield dict(number=f'{what}, layers as printed', ours=ok, paper=n, verdict='agrees' if ok == n else f'{n - ok} layers differ')
 
+# %% ../nbs/82_summary.ipynb #5e065628
 def lines_of(
     item:Item,
     name:str,  # of one of its experiments
