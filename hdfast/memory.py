@@ -8,7 +8,7 @@ __all__ = ['MB', 'NetworkMemory', 'network_memory', 'family_memory', 'measured_p
 # %% ../nbs/35_memory.ipynb #3a51c002
 import os
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from .networks import NetworkSpec, network, network_spec
+from .clustering import check_one_level
+from .networks import NetworkSpec, evaluating, network, network_spec
 
 # %% ../nbs/35_memory.ipynb #3a51c014
 def _storages(values):
@@ -86,15 +87,6 @@ def _watch(module, name, trace):
             trace.leaf = None
     return module.register_forward_pre_hook(begins), module.register_forward_hook(ends)
 
-# %% ../nbs/35_memory.ipynb #3a51c01c
-@contextmanager
-def _evaluating(net):
-    "`net` in evaluation mode, then every module as it was."
-    modes = {m: m.training for m in net.modules()}
-    try: yield net.eval()
-    finally:
-        for m, mode in modes.items(): m.training = mode
-
 # %% ../nbs/35_memory.ipynb #3a51c101
 def _on_meta(tensors, dtype):
     "Meta tensors of the same shapes; floating point ones in `dtype`."
@@ -106,7 +98,7 @@ def _trace(net, shape, dtype):
     tensors = _on_meta(net.named_parameters(), dtype) | _on_meta(net.named_buffers(), dtype)
     x = torch.empty(shape, dtype=dtype, device='meta')
     with ExitStack() as stack:
-        for context in (_evaluating(net), torch.no_grad(), torch.device('meta')): stack.enter_context(context)
+        for context in (evaluating(net), torch.no_grad(), torch.device('meta')): stack.enter_context(context)
         trace = _Trace(tensors, x)
         try:
             for name, m in net.named_modules():
@@ -280,7 +272,7 @@ def family_memory(
 def _family(family, router, expert, size):
     "Hierarchy, router spec, expert specs and size, from a classifier or from the arguments."
     h = getattr(family, 'hierarchy', family)
-    if any(child is not None for child in h.children): raise ValueError("a nested hierarchy has experts with experts of their own: account for each level by itself")
+    check_one_level(h, 'The account takes')
     router, expert = router or getattr(family, 'router_spec', None), expert or getattr(family, 'expert_specs', None)
     size = size or getattr(family, 'shape', None)
     missing = [name for name, v in dict(router=router, expert=expert, size=size).items() if v is None]
@@ -319,6 +311,6 @@ def measured_peak(
     net, shape = _module_and_shape(net, None, size)
     device, kind = torch.device(device), next(net.parameters()).dtype
     forward = lambda: net(torch.zeros(batch, *shape, device=device, dtype=kind))
-    with _evaluating(net), torch.inference_mode():
+    with evaluating(net), torch.inference_mode():
         forward() # what is allocated once and kept doesn't count
         return (_cuda_peak(forward, device) if device.type == 'cuda' else _cpu_peak(forward))/MB
