@@ -161,6 +161,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'hdfast.datasets._share': ('datasets.html#_share', 'hdfast/datasets.py'),
                                  'hdfast.datasets._some': ('datasets.html#_some', 'hdfast/datasets.py'),
                                  'hdfast.datasets._tree': ('datasets.html#_tree', 'hdfast/datasets.py'),
+                                 'hdfast.datasets._untarred': ('datasets.html#_untarred', 'hdfast/datasets.py'),
                                  'hdfast.datasets._write_json': ('datasets.html#_write_json', 'hdfast/datasets.py'),
                                  'hdfast.datasets.cache_dir': ('datasets.html#cache_dir', 'hdfast/datasets.py'),
                                  'hdfast.datasets.caltech101': ('datasets.html#caltech101', 'hdfast/datasets.py'),

@@ -17,8 +17,10 @@ from urllib.request import urlopen
 import numpy as np
 import pandas as pd
 import torch
-from fastai.data.external import URLs, fastai_path, untar_data
+from fastai import data as fastai_data
+from fastai.data.external import URLs, fastai_path
 from fastcore.basics import patch
+from fastdownload import FastDownload
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
 from joblib import Parallel, delayed
@@ -509,21 +511,26 @@ def image_folder(
 
 # %% ../nbs/00_datasets.ipynb #0808a3e9
 def _fetched(folder, url, get):
-    "`folder`, if need be after `get()` has downloaded it from `url`; FileNotFoundError naming both if it can't"
+    "`folder`, if need be made of what `get(aside)` has downloaded from `url`; FileNotFoundError naming both if it can't"
     if folder.is_dir(): return folder
     try:
         with urlopen(url, timeout=10): pass # an address out of reach ends here, before anything is written
-        get()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f'.{folder.name}.lock')), tempfile.TemporaryDirectory(dir=folder.parent, prefix='.') as aside:
+            if not folder.is_dir(): os.replace(get(Path(aside)), folder)
     except Exception as e: raise FileNotFoundError(f'nothing in {folder}, and downloading {url} failed: {e}') from e
-    if not folder.is_dir(): raise FileNotFoundError(f'nothing in {folder}, and {url} did not bring it')
     return folder
 
 # %% ../nbs/00_datasets.ipynb #2284bfc5
 def _fastai_folder(url, folder):
     "Folder of a fastai data set, downloaded if it isn't there"
-    part = fastai_path('archive')/(os.path.basename(url) + '.part')
-    try: return _fetched(fastai_path('data')/folder, url, lambda: untar_data(url))
-    finally: part.unlink(missing_ok=True)
+    return _fetched(fastai_path('data')/folder, url, lambda aside: _untarred(url, aside))
+
+def _untarred(url, aside):
+    "Folder below `aside` with what an archive of fastai's holds"
+    archives = fastai_path('archive')
+    try: return FastDownload(base=aside, archive=archives, data=aside, module=fastai_data).get(url)
+    finally: (archives/(os.path.basename(url) + '.part')).unlink(missing_ok=True)
 
 # %% ../nbs/00_datasets.ipynb #334ff5f3
 def cifar100(
@@ -536,9 +543,9 @@ def cifar100(
     return image_folder(folder, size, held_out=held_out, seed=seed, name='cifar100')
 
 # %% ../nbs/00_datasets.ipynb #9389dc3c
-def _folded(s, fold, folds, held_out, seed):
-    "Fold number `fold` of `s`, or `s` itself if that is None"
-    return s if fold is None else cross_validation(s, folds, held_out, seed)[fold]
+def _folded(s, i, folds, held_out, seed):
+    "Fold number `i` of `s`, or `s` itself if that is None"
+    return s if i is None else fold(s, i, folds, held_out, seed)
 
 # %% ../nbs/00_datasets.ipynb #05465fb2
 def caltech101(
@@ -556,12 +563,10 @@ def caltech101(
 # %% ../nbs/00_datasets.ipynb #88e3d473
 _CALTECH256_URL = 'https://data.caltech.edu/records/nyy15-4j048/files/256_ObjectCategories.tar'
 
-def _get_caltech256(folder):
-    "Download CalTech-256 to `folder`, by way of a temporary folder beside it"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-        Caltech256(aside, download=True)
-        os.replace(Path(aside)/'caltech256'/'256_ObjectCategories', folder)
+def _get_caltech256(aside):
+    "Folder below `aside` with CalTech-256"
+    Caltech256(aside, download=True)
+    return aside/'caltech256'/'256_ObjectCategories'
 
 # %% ../nbs/00_datasets.ipynb #ab70c64e
 def caltech256(
@@ -574,7 +579,7 @@ def caltech256(
 ) -> ImageSet:
     "CalTech-256 (https://data.caltech.edu/records/nyy15-4j048): 257 classes with the clutter."
     folder = Path(path).expanduser() if path else fastai_path('data')/'caltech256'/'256_ObjectCategories'
-    _fetched(folder, _CALTECH256_URL, lambda: _get_caltech256(folder))
+    _fetched(folder, _CALTECH256_URL, _get_caltech256)
     s = image_folder(folder, size, held_out=held_out, seed=seed, name='caltech256', only='*.jpg')
     return _folded(s, fold, folds, held_out, seed)
 

@@ -1,5 +1,7 @@
 """Image sets: splits and folds, the decode cache under faults, image folders, named sets."""
-import json, os, signal, subprocess, sys, time, urllib.error
+import json, os, signal, subprocess, sys, tarfile, time, urllib.error
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
@@ -483,24 +485,59 @@ def test_missing_set_says_where_it_was_sought(no_data, name, folder, address):
     assert not no_data.exists()
 
 
-def test_broken_downloads_leave_nothing(no_data, monkeypatch):
-    class Reachable:
-        def __enter__(self): pass
-        def __exit__(self, *args): pass
-    monkeypatch.setattr(datasets, 'urlopen', lambda *a, **k: Reachable())
-    def half_archive(url):
-        (no_data/'archive').mkdir(parents=True)
-        (no_data/'archive'/'cifar100.tgz.part').write_bytes(b'half')
-        raise OSError('connection reset')
+@pytest.fixture
+def reachable(no_data, monkeypatch):
+    "The same, with a network"
+    monkeypatch.setattr(datasets, 'urlopen', lambda *a, **k: nullcontext())
+    return no_data
+
+
+def files_in(folder): return [f for f in folder.rglob('*') if f.is_file() and f.suffix != '.lock']
+
+
+def test_broken_downloads_leave_nothing(reachable, monkeypatch):
+    class HalfArchive:
+        def __init__(self, base, archive, data, module): self.archive, self.data = archive, data
+        def get(self, url):
+            self.archive.mkdir(parents=True)
+            (self.archive/'cifar100.tgz.part').write_bytes(b'half')
+            (self.data/'cifar100').mkdir()
+            raise OSError('connection reset')
     def half_folder(root, download):
         (Path(root)/'caltech256').mkdir()
         (Path(root)/'caltech256'/'256_ObjectCategories.tar').write_bytes(b'half')
         raise RuntimeError('File not found or corrupted.')
-    monkeypatch.setattr(datasets, 'untar_data', half_archive)
+    monkeypatch.setattr(datasets, 'FastDownload', HalfArchive)
     monkeypatch.setattr(datasets, 'Caltech256', half_folder)
     for name, reason in (('cifar100', 'connection reset'), ('caltech256', 'corrupted')):
         with pytest.raises(FileNotFoundError, match=reason): image_set(name)
-    assert [f for f in no_data.rglob('*') if f.is_file()] == [] and not list((no_data/'data').glob('caltech256/*'))
+    assert files_in(reachable) == [] and not [d for d in (reachable/'data').rglob('*') if d.is_dir() and d.name != 'caltech256']
+
+
+def test_an_archive_is_unpacked_as_fastai_would(reachable, tmp_path, monkeypatch):
+    write_folder(tmp_path/'made'/'cifar100'/'train', ['a', 'b'], 4)
+    (reachable/'archive').mkdir(parents=True)
+    with tarfile.open(reachable/'archive'/'cifar100.tgz', 'w:gz') as tar: tar.add(tmp_path/'made'/'cifar100', 'cifar100')
+    monkeypatch.setattr(datasets.FastDownload, 'download', lambda self, url, force=False: None) # it is there
+    folder = datasets._fastai_folder(datasets.URLs.CIFAR_100, 'cifar100')
+    assert folder == reachable/'data'/'cifar100' and len(list(folder.glob('train/*/*.png'))) == 8
+    assert datasets.fastai_path('data') == reachable/'data' and sorted(f.name for f in folder.parent.iterdir()) == ['.cifar100.lock', 'cifar100']
+
+
+def test_a_folder_appears_complete_and_is_fetched_once(reachable):
+    folder, calls, seen = reachable/'data'/'cifar100', [], []
+    def slow(aside):
+        calls.append(aside)
+        (aside/'new').mkdir()
+        for i in range(5): time.sleep(.02); seen.append(folder.exists()); (aside/'new'/f'{i}.png').touch()
+        return aside/'new'
+    with ThreadPoolExecutor(3) as pool: list(pool.map(lambda _: datasets._fetched(folder, 'https://x', slow), range(3)))
+    assert len(calls) == 1 and not any(seen) and len(list(folder.iterdir())) == 5
+
+
+@pytest.mark.parametrize('i', [-1, 6])
+def test_a_fold_that_there_is_not(i):
+    with pytest.raises(ValueError, match=f'fold {i} of 6'): datasets._folded(synthetic(2), i, 6, .1, 0)
 
 
 def test_caltech256_passes_over_its_litter(tmp_path):
