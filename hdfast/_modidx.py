@@ -436,6 +436,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'hdfast.learners.crop_flip': ('learners.html#crop_flip', 'hdfast/learners.py'),
                                  'hdfast.learners.held_out_confusion': ('learners.html#held_out_confusion', 'hdfast/learners.py'),
                                  'hdfast.learners.input_shape': ('learners.html#input_shape', 'hdfast/learners.py'),
+                                 'hdfast.learners.is_shuffled': ('learners.html#is_shuffled', 'hdfast/learners.py'),
                                  'hdfast.learners.mlp_learner': ('learners.html#mlp_learner', 'hdfast/learners.py'),
                                  'hdfast.learners.network_learner': ('learners.html#network_learner', 'hdfast/learners.py'),
                                  'hdfast.learners.probabilities': ('learners.html#probabilities', 'hdfast/learners.py'),

@@ -6,8 +6,8 @@
 __all__ = ['torch_optimizers', 'optimizers', 'RECIPES', 'View', 'ImageView', 'Normalization', 'ImageDL', 'ViewDataLoaders',
            'crop_flip', 'DatasetView', 'as_view', 'cluster_view', 'check_classes', 'class_view', 'Recipe', 'recipe',
            'computed_in', 'StopOnNaN', 'SkipValidation', 'check_predictions', 'training_loader', 'build_network',
-           'network_learner', 'input_shape', 'mlp_learner', 'cnn_learner', 'cnn_tl_learner', 'probabilities',
-           'accuracy_on', 'held_out_confusion']
+           'network_learner', 'input_shape', 'mlp_learner', 'cnn_learner', 'cnn_tl_learner', 'is_shuffled',
+           'probabilities', 'accuracy_on', 'held_out_confusion']
 
 # %% ../nbs/40_learners.ipynb #a42bf9b7
 import random
@@ -27,10 +27,11 @@ from fastai.torch_core import TensorCategory, TensorImage, default_device, to_de
 from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from .clustering import ClassHierarchy
 from .confusion import confusion_matrix
 from .datasets import ImageSet
-from .networks import network, network_spec
+from .networks import evaluating, network, network_spec
 
 # %% ../nbs/40_learners.ipynb #cabe6bbf
 class View:
@@ -382,6 +383,16 @@ def cnn_tl_learner(dls, name='CNN_TL_1', **kwargs) -> Learner:
     "A Learner of one of CNN_TL_1 to CNN_TL_5 (Table 2), with random weights."
     return network_learner(dls, name, **kwargs)
 
+# %% ../nbs/40_learners.ipynb #40aa0007
+_at_random = RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+def is_shuffled(
+    dl, # a loader, fastai's or torch's
+) -> bool:
+    "Whether the samples of a loader come in random order."
+    samplers = [getattr(o, 'sampler', None) for o in (dl, getattr(dl, 'batch_sampler', None))]
+    return any(getattr(o, 'shuffle', False) or isinstance(o, _at_random) for o in (dl, *samplers))
+
 # %% ../nbs/40_learners.ipynb #3f78dfc1
 @torch.no_grad()
 def probabilities(
@@ -389,11 +400,8 @@ def probabilities(
     dl,                 # a loader that isn't shuffled
 ) -> tuple:             # probabilities (N, K) and targets (N,), numpy
     "Softmax outputs of `net` for every sample of `dl`, and the targets."
-    if getattr(dl, 'shuffle', False):
-        raise ValueError("the loader is shuffled: use dls.valid or dls[2], or dls.train.new(shuffle=False)")
-    was, net = net.training, net.eval()
-    out = [(net(x).softmax(1).cpu(), torch.as_tensor(y).cpu()) for x, y in dl]
-    net.train(was)
+    if is_shuffled(dl): raise ValueError("the loader is shuffled: use dls.valid or dls[2], or dls.train.new(shuffle=False)")
+    with evaluating(net): out = [(net(x).softmax(1).cpu(), torch.as_tensor(y).cpu()) for x, y in dl]
     return tuple(torch.cat(o).numpy() for o in zip(*out))
 
 # %% ../nbs/40_learners.ipynb #40aa0005

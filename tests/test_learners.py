@@ -13,14 +13,15 @@ from fastai.vision.all import (CategoryBlock, ClassificationInterpretation, Data
 from hypothesis import given, strategies as st
 from matplotlib import pyplot as plt
 from safetensors.torch import save_file
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 import hdfast.families as families
 import hdfast.learners as learners
 from hdfast.clustering import cluster_classes, hierarchy_from_groups
 from hdfast.datasets import HELD_OUT, TRAIN, ImageSet, synthetic
 from hdfast.families import Job, fit_network, network_key, save_weights
-from hdfast.learners import (RECIPES, ImageView, Normalization, build_network, class_view, cluster_view, cnn_learner, computed_in, cnn_tl_learner, crop_flip, mlp_learner,
-                             network_learner, probabilities, recipe)
+from hdfast.learners import (RECIPES, ImageView, Normalization, build_network, class_view, cluster_view, cnn_learner, computed_in, cnn_tl_learner, crop_flip, is_shuffled,
+                             mlp_learner, network_learner, probabilities, recipe)
 
 one_epoch = recipe('one_cycle', epochs=1)
 
@@ -402,6 +403,34 @@ def test_probabilities_come_in_the_loaders_order_and_leave_the_mode_of_the_netwo
 def test_a_shuffled_loader_is_refused(source, request):
     dls = request.getfixturevalue(source)
     with pytest.raises(ValueError, match='shuffled'): probabilities(mlp_learner(dls, 4).model, dls.train)
+
+
+FOUR = TensorDataset(torch.rand(4, 3), torch.arange(4))
+BY_SAMPLER = [RandomSampler(FOUR), SubsetRandomSampler(range(4)), WeightedRandomSampler([1.]*4, 4), DistributedSampler(FOUR, 1, 0)]
+
+@pytest.mark.parametrize('options', [dict(shuffle=True), dict(batch_size=None, shuffle=True), *[dict(sampler=s) for s in BY_SAMPLER],
+                                     *[dict(batch_sampler=BatchSampler(s, 2, False)) for s in BY_SAMPLER]])
+def test_a_shuffled_loader_of_torch_is_refused(options):
+    dl = DataLoader(FOUR, **options)
+    assert is_shuffled(dl)
+    with pytest.raises(ValueError, match='shuffled'): probabilities(torch.nn.Linear(3, 2), dl)
+
+
+def test_a_loader_of_torch_that_is_not_shuffled_is_taken():
+    net, dl = torch.nn.Linear(3, 2), DataLoader(FOUR, 3)
+    assert not is_shuffled(dl) and not is_shuffled([])
+    assert np.allclose(probabilities(net, dl)[0], net(FOUR.tensors[0]).softmax(1).detach()) and probabilities(net, dl)[1].tolist() == [0, 1, 2, 3]
+
+
+def test_frozen_parts_stay_frozen_when_a_network_is_asked_and_when_it_fails(dls):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(3*16*16), torch.nn.Linear(3*16*16, 9))
+    net[1].eval()
+    modes = lambda: [m.training for m in net]
+    probabilities(net, dls.valid)
+    assert modes() == [True, False, True]
+    net.append(torch.nn.Linear(1, 1))
+    with pytest.raises(RuntimeError): probabilities(net, dls.valid)
+    assert modes() == [True, False, True, True]
 
 
 def test_the_training_samples_are_seen_without_augmentation_when_not_shuffled(images):
