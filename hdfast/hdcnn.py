@@ -95,17 +95,17 @@ def _new_net(self:HDCNN, shape):
 def fit(self:HDCNN,
     dls,                # DataLoaders over the hierarchy's classes
     cache=None,         # folder of networks trained before
-    progress:bool=True, # not used
+    on_epoch=None,      # called with the epoch's number, from 0 in each step, and its last loss
 ) -> HDCNN:
     "Train in three steps: building block, fine components, everything."
     self.counts = training_counts(dls)
-    return TrunkClassifier.fit(self, dls, cache, progress)
+    return TrunkClassifier.fit(self, dls, cache, on_epoch)
 
 @patch
-def _train(self:HDCNN, net, dls, frozen, teachers, balanced):
+def _train(self:HDCNN, net, dls, frozen, teachers, balanced, on_epoch):
     how, seed, heads = self.recipe, self.seed, net.heads
     shorter = lambda n, lr=how.lr: replace(how, epochs=max(1, how.epochs//n), lr=lr)
-    train(BuildingBlock(net), dls, how, seed, 'the building block')
+    train(BuildingBlock(net), dls, how, seed, 'the building block', on_epoch)
     copy_into(heads.experts, heads.router.network, self.hierarchy.clusters)
-    train(FineAlone(heads), feature_dataloaders(dls, net.body.eval()), shorter(2), seed + 1, 'the fine components')
-    train(net, dls, shorter(4, how.lr/10), seed + 2, 'HD-CNN')
+    train(FineAlone(heads), feature_dataloaders(dls, net.body.eval()), shorter(2), seed + 1, 'the fine components', on_epoch)
+    train(net, dls, shorter(4, how.lr/10), seed + 2, 'HD-CNN', on_epoch)

@@ -407,14 +407,15 @@ class TrunkClassifier(HierarchicalClassifier):
 def fit(self:TrunkClassifier,
     dls,                # DataLoaders over the hierarchy's classes
     cache=None,         # folder of networks trained before
-    progress:bool=True, # not used: there is one network to train
+    on_epoch=None,      # called with the epoch's number, from 0, and its last loss
     start=None,         # network whose `body` the trunk starts from
-    frozen:bool=False,  # leave the trunk as it is, and train the heads alone?
+    frozen:bool=False,  # leave the trunk of `start` as it is, and train the heads alone?
     teachers=(),        # trained networks to learn from too
     balanced:bool=False,# learn as if all classes were equally frequent?
 ) -> TrunkClassifier:
     "Train trunk and heads by the negative log-likelihood of eq. (2)."
     check_classes(dls, self.hierarchy)
+    if frozen and start is None: raise ValueError("a frozen trunk learns nothing, so it must have learned before: give start, a trained network")
     if frozen and (len(teachers) or balanced): raise ValueError("on a frozen trunk the heads learn from the labels alone: leave teachers and balanced out")
     shape = input_shape(dls)
     net = self._new_net(shape)
@@ -425,7 +426,7 @@ def fit(self:TrunkClassifier,
     file = cache and Path(cache)/f'trunk_{self._key(dls, ([net] if start is not None else []) + list(teachers), [frozen, balanced])}.safetensors'
     if file and file.exists(): net.load_state_dict(load_file(file, device=str(dls.device)))
     else:
-        self._train(net, dls, frozen, teachers, balanced)
+        self._train(net, dls, frozen, teachers, balanced, on_epoch)
         if file: save_weights(net, file)
     return self._use(net, shape, getattr(dls.train, 'normalize', None), dls.device)
 
@@ -434,10 +435,10 @@ def fit(self:TrunkClassifier,
 def _new_net(self:TrunkClassifier, shape): return shared_trunk(self.hierarchy, self.spec, shape, self.seed)
 
 @patch
-def _train(self:TrunkClassifier, net, dls, frozen, teachers, balanced):
-    if frozen: return train(net.heads, feature_dataloaders(dls, net.body.eval()), self.recipe, self.seed, 'the heads on a frozen trunk')
+def _train(self:TrunkClassifier, net, dls, frozen, teachers, balanced, on_epoch):
+    if frozen: return train(net.heads, feature_dataloaders(dls, net.body.eval()), self.recipe, self.seed, 'the heads on a frozen trunk', on_epoch)
     form = Balanced(net, training_counts(dls)) if balanced else net
-    train(Distilled(form, teachers) if teachers else form, dls, self.recipe, self.seed, 'the shared trunk')
+    train(Distilled(form, teachers) if teachers else form, dls, self.recipe, self.seed, 'the shared trunk', on_epoch)
 
 def _prefixed(body): return {f'body.{k}': v for k, v in body.state_dict().items()}
 

@@ -73,6 +73,12 @@ def test_trains_predicts_saves_and_loads(dls, h, images, tmp_path):
     assert BuildingBlock(model.net)(torch.zeros(2, 3, 16, 16)).shape == (2, 9)
 
 
+def test_a_caller_hears_of_the_epochs_of_each_step(dls, h):
+    told = []
+    HDCNN(h, spec, how).fit(dls, on_epoch=lambda epoch, loss: told.append(epoch))
+    assert told == [0, 1, 0, 0]
+
+
 def test_add_to_loss_hands_on_the_scores_and_adds_the_gradient():
     a = torch.randn(4, 3, requires_grad=True)
     y, extra = torch.tensor([0, 1, 2, 0]), lambda: a.square().sum()

@@ -193,6 +193,13 @@ def test_frozen_trunk_does_not_move_and_a_started_one_does(dls, taxonomy):
         assert all(same) if frozen else not any(same)
 
 
+@pytest.mark.parametrize('frozen', [False, True])
+def test_a_caller_hears_of_every_epoch(dls, taxonomy, frozen):
+    told, flat = [], flat_network(net_spec, 9, (3, 16, 16))
+    TrunkClassifier(taxonomy, spec, how).fit(dls, on_epoch=lambda epoch, loss: told.append((epoch, loss)), start=flat, frozen=frozen)
+    assert [epoch for epoch, _ in told] == [0, 1] and all(0 < loss < 10 for _, loss in told)
+
+
 def test_frozen_features_train_the_same_heads_as_the_whole_network_would(dls, taxonomy):
     flat = flat_network(net_spec, 9, (3, 16, 16))
     model = TrunkClassifier(taxonomy, spec, how).fit(dls, start=flat, frozen=True)
@@ -258,10 +265,11 @@ def test_a_cluster_of_one_class_has_no_expert(dls, taxonomy):
 
 
 def test_fit_refuses_what_it_would_ignore(dls, taxonomy):
+    flat = flat_network(net_spec, 9, (3, 16, 16))
     other = ClassHierarchy(taxonomy.classes[::-1], taxonomy.clusters, taxonomy.home, taxonomy.linkage, 9)
     with pytest.raises(ValueError, match='of other classes than the data: '): TrunkClassifier(other, spec, how).fit(dls)
-    with pytest.raises(ValueError, match='learn from the labels alone'): TrunkClassifier(taxonomy, spec, how).fit(dls, frozen=True, balanced=True)
-    flat = flat_network(net_spec, 9, (3, 16, 16))
+    with pytest.raises(ValueError, match='learn from the labels alone'): TrunkClassifier(taxonomy, spec, how).fit(dls, start=flat, frozen=True, balanced=True)
+    with pytest.raises(ValueError, match='must have learned before: give start'): TrunkClassifier(taxonomy, spec, how).fit(dls, frozen=True)
     with pytest.raises(ValueError, match='not its shared layers'):
         TrunkClassifier(taxonomy, trunk_spec(net_spec, shared=(8,)), how).fit(dls, start=flat)
 
