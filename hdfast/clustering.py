@@ -49,9 +49,12 @@ def max_size_for(
     C = check_confusion(C)
     return _max_size(_linkage(C, classes), C.shape[0], n_clusters)
 
+def _check_n_clusters(n, K):
+    if not 1 <= n <= K: raise ValueError(f"{K} classes can't make {n} clusters: ask for 1 to {K}")
+
 def _max_size(Z, K, n_clusters):
     "The `max_size` whose cut of `Z`, a tree of K classes, comes nearest to `n_clusters`."
-    if not 1 <= n_clusters <= K: raise ValueError(f"{K} classes can't make {n_clusters} clusters: ask for 1 to {K}")
+    _check_n_clusters(n_clusters, K)
     sizes = np.sort(Z[:, 3])
     made = K - np.searchsorted(sizes, np.arange(1, K+1), side='right')
     nearest = min(made.tolist(), key=lambda n: (abs(n - n_clusters), n))
@@ -289,6 +292,14 @@ def hierarchy_from_groups(
                           _home(disjoint, len(groups)), average_linkage(two_levels, classes), max(map(len, disjoint)), gamma)
 
 # %% ../nbs/20_clustering.ipynb #7506bf8d
+def _clusters_of_similar(points, C, n_clusters, gamma, classes, seed):
+    "Clusters by k-means over `points` of the similarity matrix."
+    C, classes = _checked(C, classes)
+    K = len(classes)
+    _check_n_clusters(n_clusters, K)
+    groups = np.arange(K) % n_clusters if n_clusters in (1, K) else _groups_of_similar(points, n_clusters, C, classes, seed)
+    return hierarchy_from_groups(groups, classes, C, gamma)
+
 def _groups_of_similar(points, n_clusters, C, classes, seed):
     "Groups of classes by k-means over `points` of the similarity matrix, seen in the order of the names."
     S = 1 - distance_matrix(C)
@@ -312,12 +323,7 @@ def spectral_clusters(
     seed:int=0,       # of the k-means step
 ) -> ClassHierarchy:
     "Clusters by spectral clustering of the similarity S = 1 - D (section 3.1), as an alternative to Algorithm 1."
-    K = len(check_confusion(C))
-    classes = tuple(map(str, range(K) if classes is None else classes))
-    if not 1 <= n_clusters <= K: raise ValueError(f"{K} classes can't make {n_clusters} clusters: ask for 1 to {K}")
-    if n_clusters in (1, K): groups = np.arange(K) % n_clusters
-    else: groups = _groups_of_similar(lambda S: _spectral_points(S, n_clusters), n_clusters, C, classes, seed)
-    return hierarchy_from_groups(groups, classes, C, gamma)
+    return _clusters_of_similar(lambda S: _spectral_points(S, n_clusters), C, n_clusters, gamma, classes, seed)
 
 # %% ../nbs/20_clustering.ipynb #a003b3b6
 def kmeans_clusters(
@@ -328,19 +334,17 @@ def kmeans_clusters(
     seed:int=0,       # of the initial centres
 ) -> ClassHierarchy:
     "Clusters by k-means over the rows of the similarity S = 1 - D, as an alternative to Algorithm 1."
-    K = len(check_confusion(C))
-    classes = tuple(map(str, range(K) if classes is None else classes))
-    if not 1 <= n_clusters <= K: raise ValueError(f"{K} classes can't make {n_clusters} clusters: ask for 1 to {K}")
-    groups = _groups_of_similar(lambda S: S, n_clusters, C, classes, seed)
-    return hierarchy_from_groups(groups, classes, C, gamma)
+    return _clusters_of_similar(lambda S: S, C, n_clusters, gamma, classes, seed)
 
 # %% ../nbs/20_clustering.ipynb #a3bc1030
 def sub_confusion(
-    C,       # confusion matrix, shape (K, K)
+    C,       # confusion matrix, shape (K, K), dense or scipy.sparse
     cluster, # n class ids
 ) -> np.ndarray: # confusion among these classes alone, shape (n, n), rows sum to 1
     "Confusion within a cluster: what would be left if no other class could be predicted."
-    part = check_confusion(C)[np.ix_(cluster, cluster)].copy()
+    ids = list(cluster)
+    part = check_confusion(C)[ids][:, ids]
+    if sparse.issparse(part): part = part.toarray()
     empty = part.sum(1) == 0
     part[empty, empty] = 1
     return part/part.sum(1, keepdims=True)
@@ -358,11 +362,13 @@ def refine(self:ClassHierarchy,
 # %% ../nbs/20_clustering.ipynb #478d9807
 def cluster_recursively(
     C,                # confusion matrix, shape (K, K)
-    max_sizes,        # theta of each level, from the top, decreasing
+    max_sizes,        # theta of each level, from the top, decreasing; else ValueError
     gamma:float=None, # overlap factor of every level
     classes=None,     # K class names
 ) -> ClassHierarchy:
     "Cluster the classes, then the classes of each cluster larger than the next `max_sizes` entry, to any depth."
+    if not len(max_sizes) or any(b >= a for a, b in zip(max_sizes, max_sizes[1:])):
+        raise ValueError(f"max_sizes must hold a theta for each level, decreasing from the top, not {max_sizes}")
     h = cluster_classes(C, max_sizes[0], gamma, classes)
     if len(max_sizes) == 1: return h
     for q, members in enumerate(h.clusters):

@@ -158,6 +158,7 @@ def posterior_matrix(
     C, # confusion matrix, shape (K, K), rows sum to 1
 ) -> np.ndarray: # DCN, (K, K) float64: DCN[i, j] = P(true i | predicted j), columns sum to 1 (eq. 1)
     "Column-normalised confusion matrix of eq. (1); a class never predicted gets 1 on the diagonal."
+    if sparse.issparse(C): raise ValueError("eq. (1) is for dense matrices: pass C.toarray() (overlap_clusters takes a sparse C)")
     P = check_confusion(C).copy()
     never = P.sum(0) == 0
     P[never, never] = 1

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from fastai.torch_core import default_device
 from matplotlib import pyplot as plt
-from .clustering import cluster_classes, max_size_for
+from .clustering import cluster_into
 from .datasets import image_set
 from .hierarchical import HierarchicalClassifier
 from .families import fit_network
@@ -111,9 +111,9 @@ def hierarchy_rows(
     flat, seconds = _timed(lambda: fit_network(dls, family.flat, how, seed, 'the flat network', cache))
     report(f'  flat net {family.flat.name}: {seconds:.0f} s')
     C = held_out_confusion(flat, dls)
-    theta, rows, hierarchies = max_size_for(C, n_clusters, images.classes), [], []
+    rows, hierarchies = [], []
     for gamma in gammas:
-        h = cluster_classes(C, theta, gamma, images.classes)
+        h = cluster_into(C, n_clusters, gamma, images.classes)
         model = HierarchicalClassifier(h, family.router, family.expert, how, seed)
         _, seconds = _timed(lambda: model.fit(dls, cache, progress=False))
         rows += _evaluation_rows(model, model.evaluate(dls[2], flat), flat, gamma)

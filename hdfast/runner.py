@@ -95,7 +95,8 @@ def tasks_of(
     jobs:int=1,    # pages at once
 ) -> list:         # of `Task`; ValueError if the page doesn't take the parameters
     "The tasks of an experiment: itself and, before it, its single runs if that saves time."
-    page, parameters = pages_folder/e.page, e.parameters | e.profiles[profile] | dict(profile=profile, out=str(out))
+    page, out = pages_folder/e.page, Path(out)
+    parameters = e.parameters | e.profiles[profile] | dict(profile=profile, out=str(out))
     if not page.exists(): raise FileNotFoundError(f"{page} isn't there: experiments run in a clone of the repository")
     check_page(page, parameters)
     whole, n = Task(e.name, page, parameters, tuple(e.needs), e.alone), parameters.get('runs', 1)
@@ -211,6 +212,12 @@ def _cell_error(copy):
 # %% ../nbs/85_runner.ipynb #9783d834
 def _stamp(file): return (s.st_mtime_ns, s.st_ino) if file.exists() and (s := file.stat()) else None
 
+def _files_of(file):
+    "All files of a result, without those of experiments whose names begin alike."
+    begins = lambda f, name: f.stem == name or f.stem.startswith(f'{name}_')
+    others = [n for n in EXPERIMENTS if n.startswith(f'{file.stem}_')]
+    return sorted(f for f in file.parent.glob(f'{file.stem}*') if begins(f, file.stem) and not any(begins(f, n) for n in others))
+
 def _check_result(task, before):
     "PageFailure unless the page has written a result, after `before`, that holds."
     file = _result(task)
@@ -221,9 +228,7 @@ def _check_result(task, before):
     for k, given in task.parameters.items():
         if about['parameters'].get(k, given) != given:
             raise PageFailure(f"{file.name} was made with {k} = {about['parameters'][k]!r}, not {given!r}")
-    names = [n for n in EXPERIMENTS if n.startswith(f'{file.stem}_')] # another experiment's files
-    own = [f for f in file.parent.glob(f'{file.stem}*') if f.stem == file.stem or f.stem.startswith(f'{file.stem}_')]
-    later = [f.name for f in own if f.stat().st_mtime_ns > file.stat().st_mtime_ns and not any(f.stem.startswith(n) for n in names)]
+    later = [f.name for f in _files_of(file) if f.stat().st_mtime_ns > file.stat().st_mtime_ns]
     if later: raise PageFailure(f"{', '.join(later)} was written after {file.name}, which should be last")
     if table.empty: raise PageFailure(f'the table of {file.name} is empty')
     return about
@@ -401,9 +406,9 @@ def tell(self:Runner, task, found, tasks):
 def stop(self:Runner):
     "End all pages, after Ctrl-C."
     self.stopped = True
-    running = sorted(p.task.name for p in self.processes)
-    for p in list(self.processes): p.kill()
-    self.say(f"stopped; not finished: {', '.join(running) or 'nothing that ran'}")
+    processes = list(self.processes) # workers take theirs out meanwhile
+    for p in processes: p.kill()
+    self.say(f"stopped; not finished: {', '.join(sorted(p.task.name for p in processes)) or 'nothing that ran'}")
 
 # %% ../nbs/85_runner.ipynb #5c2b99bd
 def reproduce(
@@ -440,4 +445,5 @@ def _print_result(out, name, result):
     if {'gamma', 'FC'} <= {*table}: table = table.reindex(columns=shown).dropna(axis=1, how='all')
     print(f"\n{name}, profile {result['provenance']['profile']}{', accuracies in %' if 'FC' in table else ''}")
     print(table.round(2).to_string(index=False, na_rep=''))
-    for file in sorted(out.glob(f'{name}*.svg')): print(f'  figure: {file}')
+    for file in _files_of(out/f'{name}.json'):
+        if file.suffix == '.svg': print(f'  figure: {file}')

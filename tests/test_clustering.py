@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from matplotlib import pyplot as plt
 from scipy import sparse
 
-from hdfast.clustering import (ClassHierarchy, cluster_classes, cluster_into, cluster_recursively, cut_by_size, hierarchy_from_groups, kmeans_clusters,
+from hdfast.clustering import (ClassHierarchy, check_one_level, cluster_classes, cluster_into, cluster_recursively, cut_by_size, hierarchy_from_groups, kmeans_clusters,
                                max_size_for, overlap_clusters, spectral_clusters, sub_confusion)
 from hdfast.confusion import confusion_matrix, distance_matrix, toy_classes, toy_confusion
 from hdfast.linkage import average_linkage
@@ -457,3 +457,31 @@ def test_a_caterpillar_of_fifty_thousand_classes_is_cut_without_recursion():
     Z = np.c_[np.r_[0, np.arange(K, 2*K - 2)], np.arange(1, K), np.linspace(0, 1, K - 1), np.arange(2, K + 1)]
     Z[:, :2].sort(axis=1)
     assert len(cut_by_size(Z, 100)) == K - 99
+
+
+def test_sparse_confusion_is_taken_or_refused_in_words():
+    C = toy_confusion()
+    assert np.allclose(sub_confusion(sparse.csr_array(C), [0, 1, 4]), sub_confusion(C, [0, 1, 4]), atol=1e-15)
+    deep, dense = (cluster_recursively(M, [8, 4], classes=toy_classes) for M in (sparse.csr_array(C), C))
+    assert str(deep) == str(dense) and deep.nested and np.allclose(deep.linkage, dense.linkage)
+    for f in (spectral_clusters, kmeans_clusters):
+        with pytest.raises(ValueError, match='sparse'): f(sparse.csr_array(C), 3)
+        assert f(sparse.csr_array(C), 1).n_clusters == 1
+
+
+@pytest.mark.parametrize('sizes', [[], [4, 4], [4, 8]])
+def test_levels_need_thetas_that_decrease(sizes):
+    with pytest.raises(ValueError, match='decreasing'): cluster_recursively(toy_confusion(), sizes)
+
+
+def test_which_classes_a_cluster_holds():
+    h = cluster_classes(toy_confusion(), 4, 3, toy_classes)
+    assert h.holds.shape == (h.n_clusters, h.n_classes) and [tuple(np.flatnonzero(row)) for row in h.holds] == list(h.clusters)
+    assert not h.nested and check_one_level(h, 'This takes') is None
+    deep = cluster_recursively(toy_confusion(), [8, 4])
+    with pytest.raises(ValueError, match='^This takes a hierarchy of one level; this one has clusters within cluster 0'): check_one_level(deep, 'This takes')
+
+
+def test_class_ids_are_whole_numbers():
+    h = cluster_classes(np.eye(2), 1)
+    with pytest.raises(TypeError, match='integer'): replace(h, clusters=((.9,), (1.2,)))

@@ -185,3 +185,7 @@ def test_similarity_is_one_minus_distance(C):
 
 def test_distances_of_a_sparse_matrix_are_refused():
     with pytest.raises(ValueError, match='similarity_matrix'): distance_matrix(sparse.csr_array(np.eye(3)))
+
+
+def test_the_posterior_is_dense():
+    with pytest.raises(ValueError, match='toarray'): posterior_matrix(sparse.csr_array(np.eye(3)))
