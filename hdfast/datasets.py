@@ -352,7 +352,7 @@ def _cache_key(files, size):
 # %% ../nbs/00_datasets.ipynb #a49349b6
 def _write_json(path, obj):
     "Write `obj` aside, then rename"
-    aside = path.with_name(path.name + '.aside')
+    aside = path.with_name(f'{path.name}.{os.getpid()}.aside')
     aside.write_text(json.dumps(obj))
     os.replace(aside, path)
 
@@ -606,8 +606,11 @@ def imagenet(
 def _drawn_classes(folder, n, seed):
     "`n` of the classes in `folder`, drawn once and read from the saved list ever after"
     record = cache_dir()/f'imagenet{n}-seed{seed}.json'
-    if record.exists(): return json.loads(record.read_text())['classes']
     names = sorted(os.path.basename(f) for _, f in _class_folders(_parts(folder)[TRAIN]))
+    if record.exists():
+        drawn = json.loads(record.read_text())['classes']
+        if missing := set(drawn) - set(names): raise ValueError(f'{record} lists classes that {folder} lacks: {_some(sorted(missing))}; without that file they are drawn again')
+        return drawn
     if len(names) < n: raise ValueError(f'{folder} has {len(names)} classes, too few to draw {n} from')
     drawn = sorted(names[i] for i in _rng(seed, 'imagenet').permutation(len(names))[:n])
     record.parent.mkdir(parents=True, exist_ok=True)

@@ -561,6 +561,8 @@ def test_imagenet_draws_are_seeded_and_saved(tmp_path, cache):
     record.write_text(json.dumps(dict(classes=['n00000007', 'n00000008']))) # a list from elsewhere
     assert imagenet100(root, 16, n=3).classes == ('n00000007', 'n00000008')
     with pytest.raises(ValueError, match='has 9 classes, too few to draw 100 from'): imagenet100(root, 16)
+    record.write_text(json.dumps(dict(classes=['n00000007', 'n00000010'])))
+    with pytest.raises(ValueError, match='imagenet3-seed0.json lists classes that .* lacks: n00000010'): imagenet100(root, 16, n=3)
 
 
 def test_image_set_by_name_or_path(tmp_path):
