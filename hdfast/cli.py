@@ -110,12 +110,12 @@ def _check_settings(size, gamma, clusters, seed, networks):
 # %% ../nbs/90_cli.ipynb #1ce485d2
 def _check_out(out, folder):
     "ValueError or FileExistsError about a folder that the results can't go to."
-    out, model = Path(out), Path(out)/'model'
+    from hdfast.hierarchical import check_replaceable
+    out = Path(out)
     if out.exists() and not out.is_dir(): raise ValueError(f'--out {out} is a file; it must be a folder, or not be there yet')
     if Path(folder).is_dir() and out.resolve().is_relative_to(Path(folder).resolve()):
         raise ValueError(f'--out {out} lies inside {folder}, where it would be taken for images; choose a folder elsewhere')
-    if model.exists() and not (model.is_dir() and ((model/'classifier.json').exists() or not any(model.iterdir()))):
-        raise FileExistsError(f'{model} holds something other than a saved classifier; choose another --out')
+    check_replaceable(out/'model')
 
 # %% ../nbs/90_cli.ipynb #1ab44b87
 def _images(folder, size, seed, skip_corrupt, clusters):
@@ -333,12 +333,9 @@ def _load(folder):
     "The classifier saved in `folder` or in `folder`/model; ValueError or FileNotFoundError that says what is wrong."
     from hdfast.hierarchical import HierarchicalClassifier
     from hdfast import hdcnn, trunk, trust # so that their folders are known
-    from safetensors import SafetensorError
     folder = Path(folder)
     if not (folder/'classifier.json').exists() and (folder/'model'/'classifier.json').exists(): folder = folder/'model'
-    try: model = HierarchicalClassifier.load(folder)
-    except (JSONDecodeError, SafetensorError, KeyError, TypeError) as e:
-        raise ValueError(f'{folder} is damaged, its classifier cannot be read ({type(e).__name__}: {e}); make or copy it again') from e
+    model = HierarchicalClassifier.load(folder)
     if model.normalize is None or len({*model.size}) > 1:
         raise ValueError(f'{folder} was trained in Python on images of its own kind, {model.size[1]}x{model.size[0]}; '
                          'from files, predict reads only squares as hdfast decompose does')

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['combine', 'HierarchicalClassifier', 'routing_scores', 'calibration_error', 'class_scores', 'Evaluation',
-           'Decomposition', 'decompose']
+           'check_replaceable', 'Decomposition', 'decompose']
 
 # %% ../nbs/50_hierarchical.ipynb #e87d350f
-import json, os, platform, shutil
+import json, os, platform, shutil, tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -330,25 +330,40 @@ def _state(self:HierarchicalClassifier, prefix=''):
     return state
 
 # %% ../nbs/50_hierarchical.ipynb #4b1b3fc0
-def _replaceable(folder, format):
-    "Whether `folder` is empty, or holds a saved classifier and nothing else."
-    names = {f.name for f in folder.iterdir() if f.name[0] != '.'}
-    return not names or names == {'classifier.json', 'model.safetensors'} and format in (folder/'classifier.json').read_text(encoding='utf-8')
+def _kinds(cls): return [cls, *(kind for below in cls.__subclasses__() for kind in _kinds(below))]
 
+def _replaceable(folder):
+    "Whether `folder` is empty, or holds a saved classifier of any kind and nothing else; hidden files don't count."
+    names = {f.name for f in folder.iterdir() if f.name[0] != '.'}
+    if names != {'classifier.json', 'model.safetensors'}: return not names
+    text, formats = (folder/'classifier.json').read_text(encoding='utf-8', errors='replace'), [kind._format for kind in _kinds(HierarchicalClassifier)]
+    return any(f'"format": "{start}' in text for start in ('hdfast.', *formats))
+
+def check_replaceable(
+    folder, # where a classifier shall be saved
+):
+    "FileExistsError if `folder` holds anything else than a saved classifier."
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and _replaceable(folder)):
+        raise FileExistsError(f"{folder} holds something other than a saved classifier; choose another folder")
+
+# %% ../nbs/50_hierarchical.ipynb #4b1b3fc2
 @contextmanager
 def _aside(folder):
     "A new folder that takes the place of `folder` at the end, if nothing fails; else `folder` stays as it was."
-    part, old = (folder.with_name(f'.{folder.name}.{what}{os.getpid()}') for what in ('part', 'old'))
-    part.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
+    new, old = beside/'new', beside/'old'
     try:
-        yield part
+        new.mkdir()
+        yield new
         if folder.exists(): os.replace(folder, old)
-        os.replace(part, folder)
+        os.replace(new, folder)
     except BaseException:
         if old.exists() and not folder.exists(): os.replace(old, folder)
         raise
     finally:
-        for left in (part, old): shutil.rmtree(left, ignore_errors=True)
+        if folder.exists() or not old.exists(): shutil.rmtree(beside, ignore_errors=True)
 
 # %% ../nbs/50_hierarchical.ipynb #89626de5
 @patch
@@ -359,8 +374,7 @@ def save(self:HierarchicalClassifier,
     "Write weights (safetensors) and everything else (JSON) to `folder`."
     if self.experts is None: raise ValueError("this classifier isn't trained yet: there is nothing to save")
     folder = Path(folder)
-    if folder.exists() and not _replaceable(folder, self._format):
-        raise FileExistsError(f"{folder} holds something other than a saved classifier; choose another folder")
+    check_replaceable(folder)
     versions = dict(hdfast=__version__, torch=torch.__version__, python=platform.python_version())
     about = dict(format=self._format, versions=versions, provenance=provenance) | self._config()
     with _aside(folder) as part:
@@ -400,6 +414,14 @@ def _load_state(self:HierarchicalClassifier, state, prefix=''):
         if isinstance(net, HierarchicalClassifier): net._load_state(state, at)
         elif net is not None: net.load_state_dict({k.removeprefix(at): v for k, v in state.items() if k.startswith(at)})
 
+# %% ../nbs/50_hierarchical.ipynb #71f9eaee
+@contextmanager
+def _intact(file):
+    "The file; what comes up in reading it becomes a ValueError that names it."
+    try: yield file
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{file} is damaged: {e!r}") from e
+
 # %% ../nbs/50_hierarchical.ipynb #71f9eaef
 @patch(cls_method=True)
 def load(cls:HierarchicalClassifier,
@@ -412,16 +434,15 @@ def load(cls:HierarchicalClassifier,
                          "hdfast loads only folders that `save` wrote")
     for name in ('classifier.json', 'model.safetensors'):
         if not (folder/name).is_file(): raise FileNotFoundError(f"{folder} has no {name}: it isn't a saved classifier")
-    try: return cls._read(json.loads((folder/'classifier.json').read_text(encoding='utf-8')), load_file(folder/'model.safetensors'))
-    except (KeyError, TypeError, AttributeError, SafetensorError) as e:
-        raise ValueError(f"{folder} is damaged: {e!r}") from e
-
-def _kinds(cls): return [cls, *(kind for below in cls.__subclasses__() for kind in _kinds(below))]
+    with _intact(folder/'model.safetensors') as file: state = load_file(file)
+    with _intact(folder/'classifier.json') as file: return cls._read(json.loads(file.read_text(encoding='utf-8')), state)
 
 def _kind(cls, format):
     "The class, `cls` or one derived from it, whose folders have a format."
-    kinds = {kind._format: kind for kind in _kinds(cls)}
+    kinds = {kind._format: kind for kind in _kinds(HierarchicalClassifier)}
     if format not in kinds: raise ValueError(f"classifier.json has format {format!r}: import the module with its class first; known here are {', '.join(kinds)}")
+    if not issubclass(kinds[format], cls):
+        raise ValueError(f"classifier.json describes a {kinds[format].__name__}, which is no {cls.__name__}: use {kinds[format].__name__}.load")
     return kinds[format]
 
 @patch(cls_method=True)

@@ -212,6 +212,21 @@ def test_router_and_experts_on_one_trunk(trunk, image_folder, tmp_path, capsys):
     assert said['cluster'] in range(model.hierarchy.n_clusters) and said['class'] in model.hierarchy.classes
 
 
+def test_a_saved_model_of_one_form_gives_way_to_the_other(image_folder, tmp_path):
+    common = ['decompose', image_folder, '--out', tmp_path/'family', '--flat', 'MLP_30', '--size', 16, '--clusters', 3, '--epochs', 1, '--device', 'cpu']
+    for own, kind in ((['--router', 'MLP_10', '--expert', 'MLP_10'], HierarchicalClassifier), (['--trunk', 'CNN_2'], TrunkClassifier)):
+        assert main([*common, *own]) == 0
+        assert type(HierarchicalClassifier.load(tmp_path/'family'/'model')) is kind
+
+
+def test_a_file_beside_the_older_model_is_named_before_anything_is_trained(family, image_folder, tmp_path, capsys):
+    (old := tmp_path/'family').mkdir()
+    shutil.copytree(family/'model', old/'model')
+    (old/'model'/'README').write_text('mine')
+    assert 'other than a saved classifier' in refused(capsys, 'decompose', image_folder, '--out', old, *SHORT)
+    assert [f.name for f in old.iterdir()] == ['model'] and (old/'model'/'README').exists()
+
+
 def test_predict_answers_the_readable_images(family, image_folder, tmp_path, capsys):
     good, half = next((image_folder/'amber-3').iterdir()), tmp_path/'half.png'
     half.write_bytes(good.read_bytes()[:100])
@@ -301,13 +316,13 @@ def test_damaged_models(copy, image_folder, capsys):
     whole, text = weights.read_bytes(), about.read_text()
     for damage in (whole[:200], b'', b'\xff'*500):
         weights.write_bytes(damage)
-        assert 'is damaged' in refused(capsys, 'predict', copy, image)
+        assert f'{weights} is damaged' in refused(capsys, 'predict', copy, image)
     weights.unlink()
     assert 'no model.safetensors' in refused(capsys, 'predict', copy, image)
     weights.write_bytes(whole)
     for damage in (text[:-30], '', '{"format": "hdfast.HierarchicalClassifier.1"}'):
         about.write_text(damage)
-        assert 'is damaged' in refused(capsys, 'predict', copy, image)
+        assert f'{about} is damaged' in refused(capsys, 'predict', copy, image)
     about.write_text(text.replace('Classifier.1"', 'Classifier.9"'))
     assert "'hdfast.HierarchicalClassifier.9'" in refused(capsys, 'predict', copy, image)
     about.write_text(text)

@@ -1,6 +1,7 @@
 "Combining, predicting, evaluating, saving and loading: by hand, by brute force, and against hiclass."
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,11 +15,12 @@ from sklearn.linear_model import LogisticRegression
 import hdfast.hierarchical as hierarchical
 from hdfast.clustering import ClassHierarchy, cluster_classes, cluster_recursively, hierarchy_from_groups
 from hdfast.confusion import check_confusion
-from hdfast.hierarchical import HierarchicalClassifier, calibration_error, class_scores, combine, decompose, routing_scores
+from hdfast.hierarchical import HierarchicalClassifier, calibration_error, check_replaceable, class_scores, combine, decompose, routing_scores
 from hdfast import families
 from hdfast.families import fit_network
 from hdfast.learners import class_view, cluster_view, recipe
 from hdfast.networks import network
+from hdfast.trust import CalibratedClassifier, Temperatures
 
 short, one_epoch = recipe('one_cycle', epochs=2), recipe('one_cycle', epochs=1)
 C9 = .5*np.eye(9) + .3*np.kron(np.eye(3), np.full((3, 3), 1/3)) + .2/9
@@ -499,6 +501,21 @@ def test_a_damaged_folder_is_refused_with_a_value_error(spoil, classifier, tmp_p
     with pytest.raises(ValueError): HierarchicalClassifier.load(folder)
 
 
+@pytest.mark.parametrize('name, content', [('classifier.json', b''), ('classifier.json', b'{"format": '), ('classifier.json', b'\xff\xfe'), ('classifier.json', b'[1]'),
+                                           ('model.safetensors', b'short')], ids=str)
+def test_a_damaged_file_is_named(name, content, classifier, tmp_path):
+    file = classifier.save(tmp_path/'m')/name
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f'{file} is damaged'): HierarchicalClassifier.load(file.parent)
+
+
+def test_a_classifier_of_another_kind_than_asked_for_is_named(classifier, tmp_path):
+    with pytest.raises(ValueError, match='describes a HierarchicalClassifier, which is no CalibratedClassifier: use HierarchicalClassifier.load'):
+        CalibratedClassifier.load(classifier.save(tmp_path/'m'))
+    edit_json(tmp_path/'m', lambda d: d.update(format='mine.Forest.1'))
+    with pytest.raises(ValueError, match='import the module with its class first'): CalibratedClassifier.load(tmp_path/'m')
+
+
 def test_saving_replaces_an_older_model(fitted, test_images, tmp_path):
     fitted('taxonomy').save(tmp_path/'m')
     fitted('overlap').save(tmp_path/'m')
@@ -521,9 +538,38 @@ def test_saving_deletes_nothing_that_it_did_not_write(about, classifier, tmp_pat
     if about is None: classifier.save(folder)
     else: folder.mkdir(), (folder/'classifier.json').write_text(about)
     (folder/'notes.txt').write_text('mine')
-    try: classifier.save(folder)
-    except FileExistsError: pass
+    with pytest.raises(FileExistsError, match='something other'): classifier.save(folder)
     assert (folder/'notes.txt').exists()
+
+
+def calibrated(m): return CalibratedClassifier(m, Temperatures(1., (1.,)*m.hierarchy.n_clusters, 1.))
+
+
+def test_a_saved_classifier_of_another_kind_is_replaced_too(classifier, tmp_path):
+    for m in (classifier, calibrated(classifier), classifier):
+        m.save(tmp_path/'m')
+        assert type(HierarchicalClassifier.load(tmp_path/'m')) is type(m)
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda f: (f.parent.mkdir(), f.write_text('a file')), 'something other'),
+    (lambda f: (f.mkdir(parents=True), (f/'classifier.json').write_text('{"format": "hdfast.HierarchicalClassifier.1"}')), 'something other'),
+    (lambda f: (f.mkdir(parents=True), (f/'.DS_Store').write_text('')), None),
+    (lambda f: f.mkdir(parents=True), None),
+    (lambda f: None, None),
+], ids=['a file', 'a description alone', 'a hidden file', 'empty', 'absent'])
+def test_where_a_classifier_can_go_is_known_before_it_is_saved(make, message, classifier, tmp_path):
+    make(folder := tmp_path/'deep'/'m')
+    if message:
+        with pytest.raises(FileExistsError, match=message): check_replaceable(folder)
+    else:
+        check_replaceable(folder)
+        assert HierarchicalClassifier.load(classifier.save(folder))
+
+
+def test_what_an_earlier_process_left_does_not_stop_a_save(classifier, tmp_path):
+    for what in ('part', 'old'): (tmp_path/f'.m.{what}{os.getpid()}').mkdir() # process ids come again, in a container
+    assert HierarchicalClassifier.load(classifier.save(tmp_path/'m'))
 
 
 @pytest.mark.parametrize('older', [False, True])
@@ -549,12 +595,13 @@ def test_a_rename_that_fails_leaves_the_older_model_in_place(fitted, tmp_path, m
     fitted('taxonomy').save(tmp_path/'m')
     real = os.replace
     def replace(a, b):
-        if '.part' in str(a): raise OSError('cannot rename')
+        if Path(a).name == 'new': raise OSError('cannot rename')
         return real(a, b)
     monkeypatch.setattr(os, 'replace', replace)
     with pytest.raises(OSError): fitted('overlap').save(tmp_path/'m')
     monkeypatch.undo()
     assert HierarchicalClassifier.load(tmp_path/'m').hierarchy == fitted('taxonomy').hierarchy
+    assert [f.name for f in tmp_path.iterdir()] == ['m']
 
 
 def test_whatever_name_can_be_saved_to_can_be_loaded_from(classifier, tmp_path):
