@@ -10,7 +10,7 @@ __all__ = ['CNN_CANDIDATES', 'MLP_CANDIDATES', 'CANDIDATES', 'describe', 'Trial'
            'plot_trial', 'plot_selected', 'plot_mix']
 
 # %% ../nbs/60_selection.ipynb #02e94179
-import json, tempfile
+import json, tempfile, warnings
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -24,8 +24,9 @@ from joblib import Parallel, delayed
 from joblib.externals.loky import get_reusable_executor
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
+from scipy.stats import entropy
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
-from .clustering import ClassHierarchy, palette, sub_confusion
+from .clustering import ClassHierarchy, check_one_level, palette, sub_confusion
 from .confusion import distance_matrix
 from .families import Job, bar_over, fit_networks
 from .hierarchical import HierarchicalClassifier, class_scores
@@ -46,14 +47,10 @@ def describe(
     own, pairs = np.asarray(counts)[members], P[~np.eye(len(P), dtype=bool)]
     return {'classes': len(P), 'samples': int(own.sum()), 'imbalance': own.max()/max(own.min(), 1),
             'kept': np.asarray(C)[np.ix_(members, members)].sum(1).mean(),
-            'mean off-diagonal': pairs.mean(), 'largest off-diagonal': pairs.max(), 'entropy': _entropy(P),
+            'mean off-diagonal': pairs.mean(), 'largest off-diagonal': pairs.max(), 'entropy': float(entropy(P, axis=1, base=2).mean()),
             **_merges(P), **_eigenvalues(P)}
 
 # %% ../nbs/60_selection.ipynb #699eabd7
-def _entropy(P):
-    "Mean entropy of the rows of `P`, in bits."
-    return float(-(P*np.log2(P, where=P > 0, out=np.zeros_like(P))).sum(1).mean())
-
 def _merges(P):
     "Heights at which the classes of a confusion matrix merge."
     heights = average_linkage(distance_matrix(P))[:, 2]
@@ -105,7 +102,7 @@ def candidate_jobs(
 def _check_hierarchy(dls, h):
     "ValueError unless `h` is a hierarchy of one level over the classes of `dls`."
     check_classes(dls, h)
-    if any(child is not None for child in h.children): raise ValueError("this hierarchy has clusters within clusters: choose networks for each level by itself")
+    check_one_level(h, 'Choosing networks takes')
 
 def _some(names): return ', '.join(map(str, names[:3])) + (' ...' if len(names) > 3 else '')
 
@@ -206,7 +203,9 @@ def _merge_specs(specs, more):
     return list(found.values())
 
 # %% ../nbs/60_selection.ipynb #7ff439be
-def trial_table(trials) -> pd.DataFrame:
+def trial_table(
+    trials, # list of `Trial`
+) -> pd.DataFrame: # a row for each trial; the twelve numbers of `describe`, and the name of the best
     "Descriptions of the clusters, and the best candidate of each."
     return pd.DataFrame([{**t.description, 'best': t.best} for t in trials], index=[_some(t.classes) for t in trials])
 
@@ -253,7 +252,9 @@ def predict(self:SpecRegressor, descriptions) -> list: # names of candidates
     return [min(self.at, key=lambda name: distance(name, p)) for p in self.model.predict(_features(descriptions))]
 
 # %% ../nbs/60_selection.ipynb #04e3ab6b
-def chooser_for(candidates):
+def chooser_for(
+    candidates, # list of `NetworkSpec`
+):              # an untrained `SpecRegressor` or `SpecClassifier`
     "A regression for MLPs alone, else a classification (step 5 of Algorithm 2)."
     return SpecClassifier() if any(s.stages for s in candidates) else SpecRegressor()
 
@@ -289,14 +290,21 @@ def fit(self:NetworkSelector,
 # %% ../nbs/60_selection.ipynb #e12e9cc6
 @patch
 def learn(self:NetworkSelector,
-    trials, # `Trial`s; those that lack a candidate's score are left out
-) -> NetworkSelector:
+    trials, # `Trial`s; those of another recipe are left out with a warning, and those that lack a candidate's score without
+) -> NetworkSelector: # ValueError if there is nothing to learn from
     "Add trials to those known, and fit the chooser on all of them."
-    more = [_only(t, self.candidates) for t in trials if set(self.candidates) <= set(t.scores)]
-    self.trials = merge_trials(self.trials, more)
-    if not self.trials: raise ValueError(f"there is no cluster on which all of {', '.join(self.candidates)} were tried")
+    own = _of_recipe(trials, self.recipe)
+    self.trials = merge_trials(self.trials, [_only(t, self.candidates) for t in own if set(self.candidates) <= set(t.scores)])
+    if not self.trials: raise ValueError(f"there is no cluster on which all of {', '.join(self.candidates)} were tried with recipe {self.recipe.name!r}")
     self.chooser.fit(self.trials, self.candidates.values())
     return self
+
+def _of_recipe(trials, how):
+    "The trials of one recipe, and a warning that counts the others."
+    trials = list(trials)
+    others = [t.recipe for t in trials if t.recipe != asdict(how)]
+    if others: warnings.warn(f"{len(others)} of {len(trials)} trials are left out: they are of other recipes than {how}, such as {others[0]}", stacklevel=3)
+    return [t for t in trials if t.recipe == asdict(how)]
 
 def _only(trial, names):
     "The trial with the scores of some candidates alone."
@@ -327,15 +335,20 @@ def specs_for(
     return [choices[n] if len(n) > 1 else otherwise for n in names]
 
 @patch
-def best_specs(self:NetworkSelector, dls, h:ClassHierarchy) -> list:
-    "The best candidate on the held-out slice for each cluster of `h`; KeyError for a cluster that wasn't tried."
+def best_specs(self:NetworkSelector,
+    dls,              # DataLoaders over the images of the trials
+    h:ClassHierarchy, # clusters
+) -> list:            # a `NetworkSpec` for each cluster; KeyError for a cluster that wasn't tried with these images, recipe and seed
+    "The best candidate on the held-out slice for each cluster of `h`."
     source = getattr(dls.train.dataset, 'source', '')
-    found = {t.classes: self.candidates[t.best] for t in self.trials if t.images == source}
+    found = {t.classes: self.candidates[t.best] for t in self.trials if (t.images, t.seed) == (source, self.seed)}
     return specs_for(h, found, next(iter(self.candidates.values())))
 
 # %% ../nbs/60_selection.ipynb #1f216dea
 @patch
-def save(self:NetworkSelector, file) -> Path:
+def save(self:NetworkSelector,
+    file       # a pile, made if it isn't there
+) -> Path:     # `file`
     "Add candidates and trials to the pile in `file`."
     pile_up(file, self.candidates.values(), self.trials)
     return Path(file)
@@ -366,7 +379,10 @@ def leave_one_out(
     return [said(t, apart(trials, i)) for i, t in enumerate(trials)]
 
 # %% ../nbs/60_selection.ipynb #08d1d7f1
-def best_of(trials, candidates) -> list: # a name for each trial
+def best_of(
+    trials,     # with scores of these candidates, and perhaps of others
+    candidates, # names or specs
+) -> list:      # a name for each trial
     "The best on the held-out slice among some of the candidates."
     return [_only(t, [network_spec(s).name for s in candidates]).best for t in trials]
 
@@ -393,19 +409,22 @@ def _most_frequent(trials, names):
 def choice_scores(
     trials,        # as for `choices`
     picks,         # from `choices`
-    expected=('random',), # ways whose score is the mean over all candidates
+    expected=('random',), # ways that count with the mean over all candidates
 ) -> pd.DataFrame: # index: way to choose; accuracy and share right, in [0, 1]; mean number of parameters of an expert
     "How every way to choose fares on the held-out slices."
     weights, rows = [t.held_out for t in trials], {}
     for way in picks:
         take = lambda t, values, name: np.mean(list(values.values())) if way in expected else values[name]
         scores = [take(t, t.scores, name) for t, name in zip(trials, picks[way])]
-        rows[way] = {'accuracy': np.average(scores, weights=weights), 'right': (picks[way] == picks.oracle).mean(),
+        right = [take(t, {n: n == best for n in t.scores}, name) for t, name, best in zip(trials, picks[way], picks.oracle)]
+        rows[way] = {'accuracy': np.average(scores, weights=weights), 'right': np.mean(right),
                      'parameters': np.mean([take(t, t.parameters, name) for t, name in zip(trials, picks[way])])}
     return pd.DataFrame(rows).T
 
 # %% ../nbs/60_selection.ipynb #2a2a101c
-def verdict(scores) -> str:
+def verdict(
+    scores, # from `choice_scores`: column 'accuracy', rows 'learned', 'most frequent', 'random' and 'oracle'
+) -> str:   # a sentence
     "Whether the learned choice beats the most frequent one."
     learned, frequent, random, oracle = (100*scores.accuracy[way] for way in ('learned', 'most frequent', 'random', 'oracle'))
     how = 'beats' if learned > frequent + 1e-9 else 'only equals' if learned > frequent - 1e-9 else 'does not beat'

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ pair = [mlp_spec(4), mlp_spec(8)]
 def trial(classes, scores, x=0., parameters=None, held_out=10, **kwargs):
     "A made-up trial, described by one number."
     parameters = parameters or {name: i + 1 for i, name in enumerate(scores)}
-    return Trial(**{**dict(images='made up', classes=classes, recipe={}, seed=0, held_out=held_out, description={'x': x}, scores=scores, parameters=parameters), **kwargs})
+    return Trial(**{**dict(images='made up', classes=classes, recipe=asdict(recipe('paper')), seed=0, held_out=held_out, description={'x': x}, scores=scores, parameters=parameters), **kwargs})
 
 
 def files(folder): return {f: f.stat().st_mtime_ns for f in Path(folder).glob('*.safetensors')}
@@ -335,7 +335,7 @@ def test_choices_and_their_scores_by_hand():
     found = choice_scores(trials, picks)
     assert found.accuracy.to_dict() == pytest.approx({'oracle': (.9 + .8 + 2*.7)/4, 'learned': (.9 + .8 + 2*.4)/4, 'most frequent': (.5 + .6 + 2*.4)/4,
                                                       'random': (.7 + .7 + 2*.55)/4, 'smallest': (.5 + .6 + 2*.7)/4})
-    assert found.right[['oracle', 'learned', 'smallest']].tolist() == pytest.approx([1, 2/3, 1/3])
+    assert found.right[['oracle', 'learned', 'smallest', 'random']].tolist() == pytest.approx([1, 2/3, 1/3, 1/2])
     assert found.parameters[['oracle', 'random']].tolist() == pytest.approx([5/3, 1.5])
 
 
@@ -405,6 +405,25 @@ def test_trials_that_lack_a_candidate_are_left_out():
     with pytest.raises(ValueError, match='no cluster on which all of MLP_4, MLP_8'): NetworkSelector(pair).learn([trial('cd', dict(MLP_4=.5))])
 
 
+def test_trials_of_another_recipe_are_left_out_with_a_warning():
+    quick = asdict(recipe('paper', epochs=1)) | dict(name='quick try')
+    own, other = trial('ab', dict(MLP_4=.5, MLP_8=.6)), trial('cd', dict(MLP_4=.6, MLP_8=.5), recipe=quick)
+    with pytest.warns(UserWarning, match='1 of 2 trials are left out: they are of other recipes .*quick try'): s = NetworkSelector(pair).learn([own, other])
+    assert s.trials == [own]
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="were tried with recipe 'paper'"): NetworkSelector(pair).learn([other])
+
+
+def test_the_best_are_of_these_images_and_this_seed_and_recipe(dls, taxonomy):
+    source, quick = dls.train.dataset.source, asdict(recipe(short, epochs=1))
+    def made(scores, **kwargs): return [trial([taxonomy.classes[c] for c in q], scores, **dict(images=source, recipe=asdict(short), seed=0) | kwargs) for q in taxonomy.clusters]
+    own, others = made(dict(MLP_4=.6, MLP_8=.5)), dict(MLP_4=.5, MLP_8=.6)
+    with pytest.warns(UserWarning):
+        s = NetworkSelector(pair, short).learn([*own, *made(others, recipe=quick), *made(others, images='else'), *made(others, seed=1)])
+    assert [spec.name for spec in s.best_specs(dls, taxonomy)] == ['MLP_4']*3
+    s.seed = 2
+    with pytest.raises(KeyError): s.best_specs(dls, taxonomy)
+
+
 def test_a_selector_that_has_not_learnt_says_so(dls, taxonomy):
     with pytest.raises(ValueError, match="hasn't learnt yet"): NetworkSelector(pair).predict(dls, taxonomy, C9)
 
@@ -419,7 +438,7 @@ def test_a_hierarchy_of_other_classes_is_refused(fitted, images):
 def test_clusters_within_clusters_are_refused(fitted, images):
     dls, h, cache, s = fitted
     nested = h.refine(0, hierarchy_from_groups([0, 0, 1], images.classes[:3]))
-    with pytest.raises(ValueError, match='clusters within clusters'): s.predict(dls, nested, C9)
+    with pytest.raises(ValueError, match='Choosing networks takes a hierarchy of one level'): s.predict(dls, nested, C9)
 
 
 def test_a_confusion_of_other_classes_is_refused(fitted):
