@@ -8,6 +8,8 @@ __all__ = ['Backbone', 'load_backbone', 'read_matconvnet', 'pretrain', 'Candidat
 
 # %% ../nbs/65_transfer.ipynb #65a00004
 import hashlib, json, os, platform
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from scipy.io import loadmat
 from torch import nn
 from . import __version__
-from .clustering import ClassHierarchy
+from .clustering import ClassHierarchy, check_one_level
 from .datasets import ImageSet
 from .families import Job, feature_dataloaders, fit_network, fit_networks
 from .hierarchical import HierarchicalClassifier
@@ -102,13 +104,17 @@ def prepare(self:Backbone,
 # %% ../nbs/65_transfer.ipynb #65a00018
 _format = 'hdfast.Backbone.1'
 
-def _write(file, text):
-    "Write `text` aside, then rename."
+@contextmanager
+def _aside(file):
+    "A path to write to, which then becomes `file`, or goes if the writing failed."
     part = file.with_name(f'.{file.name}.{os.getpid()}')
-    part.write_text(text, encoding='utf-8')
-    os.replace(part, file)
+    try:
+        yield part
+        os.replace(part, file)
+    finally: part.unlink(missing_ok=True)
 
-def _hash(file): return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+def _hash(file):
+    with open(file, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/65_transfer.ipynb #65a00019
 @patch
@@ -118,12 +124,11 @@ def save(self:Backbone,
     "Write backbone.safetensors and, last, backbone.json."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    file, part = folder/'backbone.safetensors', folder/f'.backbone.{os.getpid()}'
-    save_file({k: v.cpu().contiguous() for k, v in self.weights.items()}, part)
-    os.replace(part, file)
+    with _aside(folder/'backbone.safetensors') as part: save_file({k: v.cpu().contiguous() for k, v in self.weights.items()}, part)
     versions = dict(hdfast=__version__, torch=torch.__version__, python=platform.python_version())
-    _write(folder/'backbone.json', json.dumps(dict(format=_format, versions=versions, spec=self.spec.to_dict(), normalize=asdict(self.normalize),
-                                                   about=self.about, weights=_hash(file)), indent=1, ensure_ascii=False))
+    about = dict(format=_format, versions=versions, spec=self.spec.to_dict(), normalize=asdict(self.normalize),
+                 about=self.about, weights=_hash(folder/'backbone.safetensors'))
+    with _aside(folder/'backbone.json') as part: part.write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')
     return folder
 
 # %% ../nbs/65_transfer.ipynb #65a0001a
@@ -194,7 +199,9 @@ def _stages(layers):
     for layer in layers:
         kind = _text(layer, 'type')
         if kind == 'conv': convs.append(_as_conv(layer))
-        elif kind in ('normalize', 'lrn'): norm = _check_norm(layer) is None
+        elif kind in ('normalize', 'lrn'):
+            _check_norm(layer)
+            norm = True
         elif kind == 'pool':
             stages.append(Stage(convs, norm=norm, window=_window(layer)))
             convs, norm = [], False
@@ -293,15 +300,23 @@ class Inputs:
 def view(self:Inputs,
     candidate:Candidate,
     dls=None # a view of `images`, such as a class_view; all of them by default
-) -> ViewDataLoaders:
+) -> ViewDataLoaders: # ValueError for loaders of other images, or with another normalisation than the backbone's
     "The loaders that a candidate trains from: over the images of a view, or over their features."
     dls = self.images if dls is None else dls
-    if (b := candidate.backbone) and getattr(dls.train, 'normalize', None) != b.normalize:
+    if candidate.frozen and not _same_images(dls, self.images):
+        raise ValueError("these loaders aren't over the images that the features are of: make them with class_view or cluster_view from inputs.images")
+    if (b := candidate.backbone) and any(getattr(d.train, 'normalize', None) != b.normalize for d in (dls, self.images)):
         raise ValueError(f"the images aren't normalised as {b.name!r} was trained: use backbone.prepare(dls)")
     if not candidate.frozen: return dls
     kept = self.features(b).train.dataset
     over = lambda v: ImageView(kept.images, v.index, v.targets, list(v.vocab), kept.source)
     return ViewDataLoaders(*[dl.new(over(dl.dataset), normalize=None) for dl in dls.loaders], path=dls.path, device=dls.device)
+
+def _same_images(dls, whole):
+    "Whether all loaders of `dls` index the images of `whole`: the same tensor, or one of equal contents."
+    own = whole.train.dataset
+    same = lambda v: isinstance(v, ImageView) and (v.images is own.images or v.source == own.source != '')
+    return all(same(dl.dataset) for dl in dls.loaders)
 
 # %% ../nbs/65_transfer.ipynb #65a00041
 @patch
@@ -375,20 +390,28 @@ def or_better(self:Choice,
     other:Choice # over the same parts
 ) -> Choice:
     "For each part the network with the higher held-out accuracy; the first one's if they are equal."
+    _check_names([*self.scores, *other.scores])
     better = other.taken() > self.taken()
     pick = lambda a, b: [y if take else x for x, y, take in zip(a, b, better)]
     return Choice(self.scores.join(other.scores), pick(self.chosen, other.chosen), pick(self.networks, other.networks))
+
+def _check_names(names):
+    "ValueError if there are no names, or one stands for two candidates."
+    if not names: raise ValueError("there is no candidate to choose from")
+    twice = [name for name, n in Counter(names).items() if n > 1]
+    if twice: raise ValueError(f"two candidates are called {twice[0]!r}: a backbone isn't part of the name, so rename a network, with replace(spec, name=...)")
 
 # %% ../nbs/65_transfer.ipynb #65a0004c
 def choose_networks(
     inputs:Inputs,
     views:dict,  # views of the images, by the name of the part
-    candidates,  # list of `Candidate`
+    candidates,  # list of `Candidate`, whose names differ
     how:Recipe,  # how to train them
     seeds,       # one for each part
     cache=None,  # folder of networks trained before
-) -> Choice:
+) -> Choice:    # ValueError without candidates, or for two of one name
     "Train every candidate on every part of the data and take the best on the held-out slice; ties go to the cheaper."
+    _check_names(list(map(str, candidates)))
     by_cost = sorted(candidates, key=lambda c: c.cost(inputs.shape))
     return reduce(Choice.or_better, (train_candidate(inputs, views, c, how, seeds, cache) for c in by_cost))
 
@@ -399,7 +422,7 @@ def parts_of(
     seed:int=0,       # of the hierarchical classifier
 ) -> tuple:           # views and seeds for the hierarchy classifier, views and seeds for the experts
     "The parts of the data that a hierarchy needs networks for."
-    if any(child is not None for child in h.children): raise ValueError("transfer learning takes a hierarchy of one level; this one has clusters within clusters")
+    check_one_level(h, 'Transfer learning takes')
     routing = {'clusters': cluster_view(inputs.images, h)} if h.n_clusters > 1 else {}
     many = {q: members for q, members in enumerate(h.clusters) if len(members) > 1}
     views = {f'cluster {q}': class_view(inputs.images, members) for q, members in many.items()}
@@ -432,6 +455,7 @@ def transfer_hierarchy(
 ) -> tuple:           # the `HierarchicalClassifier`, and the choices for hierarchy classifier and experts
     "A hierarchical classifier whose networks are chosen among candidates (section 3.5)."
     routing, first, views, seeds = parts_of(inputs, h, seed)
+    for some in (routers, experts): _check_names(list(map(str, listify(some)))) # before hours of training
     router = choose_networks(inputs, routing, listify(routers), how, first, cache)
     expert = choose_networks(inputs, views, listify(experts), how, seeds, cache)
     return assembled(inputs, h, router, expert, how, seed), router, expert

@@ -157,6 +157,16 @@ def test_saving_again_replaces(tmp_path, source):
     assert {f.name for f in tmp_path.iterdir()} == {'backbone.json', 'backbone.safetensors'}
 
 
+@pytest.mark.parametrize('write', ['save_file', 'os.replace', 'Path.write_text'])
+def test_a_failure_while_saving_leaves_nothing_behind(tmp_path, source, monkeypatch, write):
+    def full(*args, **kwargs):
+        if write == 'save_file': args[1].write_bytes(b'half')
+        raise OSError('no space left on device')
+    monkeypatch.setattr(f'hdfast.transfer.{write}', full)
+    with pytest.raises(OSError, match='no space left'): source.save(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == (['backbone.safetensors'] if write == 'Path.write_text' else [])
+
+
 @pytest.mark.parametrize('name', ['vgg.pkl', 'vgg.pth', 'vgg.pt'])
 def test_pickles_are_refused_unread(tmp_path, name):
     (tmp_path/name).write_bytes(b'\x80\x04')
@@ -282,6 +292,20 @@ def test_features_have_the_samples_and_labels_of_the_view(inputs, source):
 def test_another_normalisation_is_refused(source, dls):
     for frozen in (False, True):
         with pytest.raises(ValueError, match="aren't normalised as 'random' was trained: use backbone.prepare"): Inputs(dls).view(Candidate(tiny, source, frozen))
+        with pytest.raises(ValueError, match="aren't normalised"): Inputs(dls).view(Candidate(tiny, source, frozen), source.prepare(dls))
+
+
+def test_features_of_other_images_are_refused(inputs, source):
+    "As many images, and other ones: their rows would be taken for rows of ours"
+    other = source.prepare(synthetic(n_groups=3, classes_per_group=3, n_per_class=20, size=16, seed=9).dataloaders(device='cpu'))
+    for dls in (other, class_view(other, [0, 1]), inputs.view(Candidate(tiny, source, True))):
+        with pytest.raises(ValueError, match="aren't (over the images|normalised)"): inputs.view(Candidate(tiny, source, True), dls)
+    assert inputs.view(Candidate(tiny, source), other) is other
+
+
+def test_other_loaders_of_the_same_images_are_taken(inputs, source, images):
+    again = source.prepare(replace(images, images=images.images.clone()).dataloaders(device='cpu', bs=8))
+    assert inputs.view(Candidate(tiny, source, True), again).train.dataset.images is inputs.features(source).train.dataset.images
 
 
 def test_prepare_changes_the_normalisation_alone(source, dls):
@@ -358,6 +382,23 @@ def test_ties_go_to_the_cheaper_whatever_the_order(inputs, source, monkeypatch):
     for order in (candidates, candidates[::-1]):
         choice = choose_networks(inputs, {'all': inputs.images}, order, recipe(how, epochs=1), [0])
         assert str(choice.chosen[0]) == 'tiny extractor' == choice.scores.columns[0]
+
+
+def test_candidates_of_one_name_are_refused_before_training(inputs, taxonomy, monkeypatch):
+    monkeypatch.setattr(transfer, 'fit_networks', lambda *args: pytest.fail('a network was trained'))
+    two = [Candidate(tiny, backbone(seed=seed)) for seed in (0, 1)]
+    with pytest.raises(ValueError, match="two candidates are called 'tiny initialisation'"): choose_networks(inputs, {'all': inputs.images}, two, how, [0])
+    with pytest.raises(ValueError, match='two candidates are called'): transfer_hierarchy(inputs, taxonomy, two[0], two, how)
+
+
+def test_no_candidates_are_refused(inputs, taxonomy):
+    with pytest.raises(ValueError, match='no candidate to choose from'): choose_networks(inputs, {'all': inputs.images}, [], how, [0])
+    with pytest.raises(ValueError, match='no candidate to choose from'): transfer_hierarchy(inputs, taxonomy, Candidate(tiny), [], how)
+
+
+def test_choices_of_one_candidate_have_no_better(inputs):
+    choice = choose_networks(inputs, {'all': inputs.images}, [Candidate(tiny)], recipe(how, epochs=1), [0])
+    with pytest.raises(ValueError, match="two candidates are called 'tiny from scratch'"): choice.or_better(choice)
 
 
 def test_each_part_keeps_its_best_network(inputs, source):
