@@ -19,15 +19,16 @@ import numpy as np
 import torch
 from fastai.callback.schedule import combined_cos
 from fastai.torch_core import to_device
+from fastcore.basics import chunked
 from fastprogress.fastprogress import progress_bar
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from . import networks
 from .inference import predict_in_batches
-from .learners import ImageDL, ImageView, Recipe, ViewDataLoaders, build_network, check_predictions, computed_in, input_shape
+from .learners import ImageDL, ImageView, Recipe, ViewDataLoaders, build_network, check_predictions, computed_in, diverged, input_shape
 from .learners import torch_optimizers, training_loader
-from .networks import network_spec
+from .networks import evaluating, network_spec
 
 # %% ../nbs/45_families.ipynb #5f0a1c08
 def schedule(
@@ -61,14 +62,11 @@ def _train_eagerly(net, dl, device, recipe, name, on_epoch):
         for i, (x, y) in enumerate(_batches(dl, device)):
             _set_step(opt, *map(float, next(plan)))
             loss = F.cross_entropy(net(x), y)
-            if not torch.isfinite(loss): raise _diverged(name, loss, epoch, i)
+            if not torch.isfinite(loss): raise diverged(name, loss, epoch, i)
             opt.zero_grad()
             loss.backward()
             opt.step()
         if on_epoch: on_epoch(epoch, loss.item())
-
-def _diverged(name, loss, epoch, i):
-    return FloatingPointError(f"the loss of {name} became {loss.item()} in epoch {epoch+1}, batch {i+1}: lower the learning rate, or look at its inputs")
 
 # %% ../nbs/45_families.ipynb #5f0a1c0d
 def train(
@@ -131,6 +129,7 @@ def save_weights(
 
 # %% ../nbs/45_families.ipynb #5f0a1c16
 _parsing = Lock() # CPython 3.11 can fail where two threads make syntax trees at once
+_documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
 
 @cached
 def code_version(
@@ -141,7 +140,7 @@ def code_version(
     for file in (Path(networks.__file__).with_name(f'{m}.py') for m in modules):
         with _parsing: tree = ast.parse(Path(file).read_text(encoding='utf-8'))
         for node in ast.walk(tree):
-            if ast.get_docstring(node, clean=False) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) else None: node.body[0].value.value = ''
+            if isinstance(node, _documented) and ast.get_docstring(node, clean=False): node.body[0].value.value = ''
         key.update(ast.dump(tree).encode())
     return key.hexdigest()[:12]
 
@@ -151,6 +150,9 @@ def network_key(job:Job, recipe:Recipe) -> str:
     data, dls = job.dls.train.dataset, job.dls
     if not isinstance(data, ImageView):
         raise ValueError("only networks on an ImageSet can be cached: other DataLoaders don't tell what is in them")
+    if not data.source:
+        raise ValueError("only networks on images with a fingerprint can be cached: make the DataLoaders with ImageSet.dataloaders, "
+                         "or give their ImageView a `source`, a text that says which images they are")
     settings = dict(spec=network_spec(job.spec).to_dict(), recipe=asdict(recipe), seed=job.seed, classes=list(map(str, data.vocab)),
                     images=data.source, augment=_function_name(dls.train.augment), device=torch.device(dls.device).type,
                     normalize=dls.train.normalize and asdict(dls.train.normalize), code=code_version('networks', 'learners', 'families'))
@@ -334,7 +336,7 @@ def _train_fused(jobs, recipe):
 def _check_losses(losses, jobs, epoch):
     "Raise a FloatingPointError that names the first network with a loss, of (batches, networks), that isn't finite."
     bad = (~losses.isfinite()).nonzero()
-    if len(bad): raise _diverged(jobs[bad[0, 1]].name, losses[tuple(bad[0])], epoch, int(bad[0, 0]))
+    if len(bad): raise diverged(jobs[bad[0, 1]].name, losses[tuple(bad[0])], epoch, int(bad[0, 0]))
 
 # %% ../nbs/45_families.ipynb #5f0a1d1a
 class _Steps:
@@ -347,7 +349,9 @@ class _Steps:
         orders = [F.pad(dl.order()[0], (0, self.n_batches*self.bs - len(dl.dataset))) for _ in range(recipe.epochs)]
         self.order = torch.cat(orders).view(-1, self.bs).to(device)
         self.plan, self.losses = _plan(recipe, self.n_batches).to(device), torch.zeros(len(self.order), device=device)
-        self.at, self.run = torch.zeros(1, dtype=torch.long, device=device), {n: partial(self.step, n) for n in {self.bs if self.n_batches > 1 else self.last, self.last}}
+        self.at = torch.zeros(1, dtype=torch.long, device=device)
+        sizes = {self.last, self.bs} if self.n_batches > 1 else {self.last}
+        self.run = {n: partial(self.step, n) for n in sizes}
     def __len__(self): return len(self.order)
     def step(self, n):
         "The next step, on the first `n` samples of its batch."
@@ -364,6 +368,13 @@ class _Steps:
     def __call__(self, i): self.run[self.last if (i + 1)%self.n_batches == 0 else self.bs]()
 
 # %% ../nbs/45_families.ipynb #5f0a1d1c
+def _practise(steps, n):
+    "Take the first step, on `n` samples, three times over."
+    for _ in range(3):
+        steps.at.zero_() # a training may have a single step
+        steps.step(n)
+    steps.at.zero_()
+
 def _record(steps):
     "Replace the steps by recordings of themselves; returns the stream to replay them in."
     held = [*steps.net.state_dict().values(), *(t for ts in steps.rule.state for t in ts), steps.at, steps.losses]
@@ -371,8 +382,7 @@ def _record(steps):
     stream.wait_stream(torch.cuda.current_stream())
     for n in list(steps.run):
         with torch.cuda.stream(stream), torch.backends.cudnn.flags(enabled=True, benchmark=n == steps.bs):
-            for _ in range(3): steps.step(n)
-            steps.at.zero_()
+            _practise(steps, n)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream): steps.step(n)
@@ -396,7 +406,7 @@ def _train_recorded(nets, loaders, recipe, names, device, on_epoch=None):
     if device.type == 'cuda': torch.cuda.synchronize(device)
     for s, name in zip(steps, names):
         bad = (~s.losses.isfinite()).nonzero()
-        if len(bad): raise _diverged(name, s.losses[bad[0, 0]], *divmod(int(bad[0, 0]), s.n_batches))
+        if len(bad): raise diverged(name, s.losses[bad[0, 0]], *divmod(int(bad[0, 0]), s.n_batches))
 
 def _loss_at(steps, i):
     "Loss of step `i`, once it is done."
@@ -413,8 +423,6 @@ def _fusable(job):
 
 def _longest_first(jobs, which): return sorted(which, key=lambda i: -len(jobs[i].dls.train.dataset))
 
-def _chunks(which, n): return [which[i:i+n] for i in range(0, len(which), n)]
-
 # %% ../nbs/45_families.ipynb #5f0a1d23
 def _work(jobs, which):
     "The jobs `which` in groups that are trained together: (how, indices)."
@@ -423,9 +431,9 @@ def _work(jobs, which):
     rest = alike.pop(None, []) + [some[0] for some in alike.values() if len(some) == 1]
     recordable = [i for i in rest if torch.device(jobs[i].dls.device).type == 'cuda' and can_be_recorded(jobs[i].dls)]
     yield from ((_train_alone, [i]) for i in rest if i not in recordable)
-    yield from ((_train_side_by_side, part) for part in _chunks(_longest_first(jobs, recordable), 16))
+    yield from ((_train_side_by_side, part) for part in chunked(_longest_first(jobs, recordable), 16))
     for some in alike.values():
-        if len(some) > 1: yield from ((_train_fused, part) for part in _chunks(some, 64))
+        if len(some) > 1: yield from ((_train_fused, part) for part in chunked(some, 64))
 
 # %% ../nbs/45_families.ipynb #5f0a1d24
 def _train_alone(jobs, recipe): return [train(job.build(), job.dls, recipe, job.seed, job.name) for job in jobs]
@@ -464,10 +472,14 @@ def fit_networks(
 def bar_over(
     n:int # networks
 ):
-    "A function for `progress` that moves a bar."
-    bar = iter(progress_bar(range(n), leave=False))
+    "A function for `progress` that moves a bar to the number of networks done."
+    bar, shown = iter(progress_bar(range(n), leave=False)), 0
     next(bar, None)
-    return lambda done, all: next(bar, None)
+    def show(done, all):
+        nonlocal shown
+        for _ in range(done - shown): next(bar, None)
+        shown = done
+    return show
 
 # %% ../nbs/45_families.ipynb #5f0a1c1b
 def fit_network(
@@ -490,15 +502,20 @@ def fit_network(
 # %% ../nbs/45_families.ipynb #5f0a1c22
 @torch.no_grad()
 def features(
-    body,         # a module from network inputs to features
-    images,       # uint8 (N, 3, H, W), or earlier features
-    inputs,       # function that makes network inputs of them
-) -> torch.Tensor: # (N, ...), float32, on the device of `images`
+    body,          # a module from network inputs to features, on the device of `images`
+    images,        # uint8 (N, 3, H, W), or earlier features
+    inputs,        # function that makes network inputs of them
+) -> torch.Tensor: # (N, ...), float32, on the same device
     "What a frozen `body` makes of every image."
-    was, rows = body.training, torch.arange(len(images), device=images.device)
-    out = predict_in_batches(body.eval(), lambda r: inputs(images.index_select(0, r)), rows, images.shape[1:], images.device)
-    body.train(was)
-    return out.contiguous()
+    rows, take = torch.arange(len(images), device=images.device), lambda r: inputs(images.index_select(0, r))
+    with evaluating(body): return predict_in_batches(body, take, rows, images.shape[1:], images.device).contiguous()
+
+# %% ../nbs/45_families.ipynb #5f0a1c26
+def _features_source(view, normalize, body):
+    "What says of features that they are others: a hash of the images, their normalisation and the body with its weights."
+    source = hashlib.sha256(f'{view.source} {normalize} {body}'.encode())
+    for v in body.state_dict().values(): source.update(v.cpu().contiguous().numpy().tobytes())
+    return source.hexdigest()
 
 # %% ../nbs/45_families.ipynb #5f0a1c23
 def feature_dataloaders(
@@ -510,6 +527,6 @@ def feature_dataloaders(
     if not isinstance(view, ImageView): raise ValueError("features are kept for an ImageSet's own DataLoaders only: make them with ImageSet.dataloaders")
     if dls.train.augment: raise ValueError("features can't be augmented: make the DataLoaders without augment")
     values = features(body.to(dls.device), view.images, dls.train.inputs)
-    source = hashlib.sha256(f'{view.source} {dls.train.normalize} {body}'.encode() + b''.join(v.cpu().contiguous().numpy().tobytes() for v in body.state_dict().values())).hexdigest()
+    source = view.source and _features_source(view, dls.train.normalize, body)
     over = lambda v: ImageView(values, v.index, v.targets, list(v.vocab), source)
     return ViewDataLoaders(*[dl.new(over(dl.dataset), normalize=None) for dl in dls.loaders], path=dls.path, device=dls.device)

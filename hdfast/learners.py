@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['torch_optimizers', 'optimizers', 'RECIPES', 'View', 'ImageView', 'Normalization', 'ImageDL', 'ViewDataLoaders',
            'crop_flip', 'DatasetView', 'as_view', 'cluster_view', 'check_classes', 'class_view', 'Recipe', 'recipe',
-           'computed_in', 'StopOnNaN', 'SkipValidation', 'check_predictions', 'training_loader', 'build_network',
-           'network_learner', 'input_shape', 'mlp_learner', 'cnn_learner', 'cnn_tl_learner', 'is_shuffled',
-           'probabilities', 'accuracy_on', 'held_out_confusion']
+           'computed_in', 'diverged', 'StopOnNaN', 'SkipValidation', 'check_predictions', 'training_loader',
+           'build_network', 'network_learner', 'input_shape', 'mlp_learner', 'cnn_learner', 'cnn_tl_learner',
+           'is_shuffled', 'probabilities', 'accuracy_on', 'held_out_confusion', 'class_counts']
 
 # %% ../nbs/40_learners.ipynb #a42bf9b7
-import random
+import random, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from numbers import Integral
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelValidException
@@ -35,7 +36,7 @@ from .networks import evaluating, network, network_spec
 
 # %% ../nbs/40_learners.ipynb #cabe6bbf
 class View:
-    "Samples of some source with labels of their own: `index` (n,), `targets` (n,) and `vocab`."
+    "Samples of some source with labels of their own: `index` (n,), `targets` (n,), or None for new items, and `vocab`."
     n_inp = 1
     def __init__(self, index, targets, vocab):
         self.index, self.targets, self.vocab = index, targets, CategoryMap(list(vocab), sort=False)
@@ -43,7 +44,7 @@ class View:
     @property
     def c(self): return len(self.vocab)
     def select(self, index, targets, vocab): raise NotImplementedError
-    def new_empty(self): return self.select(self.index[:0], self.targets[:0], self.vocab)
+    def new_empty(self): return self.select(self.index[:0], None if self.targets is None else self.targets[:0], self.vocab)
 
 # %% ../nbs/40_learners.ipynb #27dc2b41
 @patch
@@ -65,10 +66,12 @@ class ImageView(View):
     def batch(self, i):
         x = self.images.index_select(0, self.index.index_select(0, i)) # several times faster than images[index[i]]
         return (x,) if self.targets is None else (x, self.targets.index_select(0, i))
-    def __getitem__(self, i): return TensorImage(self.images[self.index[i]]), TensorCategory(self.targets[i])
-    def decode(self, o, full=True): return TensorImage(o[0]), Category(self.vocab[int(o[1])])
+    def __getitem__(self, i):
+        x = TensorImage(self.images[self.index[i]])
+        return (x,) if self.targets is None else (x, TensorCategory(self.targets[i]))
+    def decode(self, o, full=True): return TensorImage(o[0]), *(Category(self.vocab[int(y)]) for y in o[1:])
     def select(self, index, targets, vocab): return ImageView(self.images, index, targets, vocab, self.source)
-    def of_items(self, items):
+    def of_items(self, items, skip=0):
         images = torch.stack([torch.as_tensor(np.asarray(x)) for x in items])
         return ImageView(images, torch.arange(len(images)), None, self.vocab)
 
@@ -120,7 +123,7 @@ class ImageDL(TfmdDL):
 @patch
 def decode(self:ImageDL, b):
     x = self.normalize.decode(b[0]) if self.normalize else b[0]
-    return TensorImage(x.cpu()), TensorCategory(b[1].cpu())
+    return TensorImage(x.cpu()), *(TensorCategory(y.cpu()) for y in b[1:])
 
 @patch
 def new(self:ImageDL, dataset=None, cls=None, **kwargs):
@@ -132,7 +135,9 @@ def new(self:ImageDL, dataset=None, cls=None, **kwargs):
 # %% ../nbs/40_learners.ipynb #41541d89
 class ViewDataLoaders(DataLoaders):
     "`DataLoaders` whose datasets are views; a `test_dl` of new items is made from what they are views of."
-    def test_dl(self, items, **kwargs): return self.valid.new(self.valid_ds.of_items(items), drop_last=False)
+    def test_dl(self, items, rm_type_tfms=None, with_labels=False, **kwargs):
+        if with_labels: raise ValueError("a view knows no labels of new items: leave with_labels out, and compare the answers with labels of your own")
+        return self.valid.new(self.valid_ds.of_items(items, rm_type_tfms or 0), **{'drop_last': False, **kwargs})
 
 # %% ../nbs/40_learners.ipynb #89283035
 def crop_flip(
@@ -171,7 +176,7 @@ class DatasetView(View):
     def decode(self, o, full=True): return self.dataset.decode(o, full=full)[0], Category(self.vocab[int(o[1])])
     def select(self, index, targets, vocab): return DatasetView(self.dataset, index, targets, vocab)
     def new_empty(self): return DatasetView(self.dataset.new_empty(), self.index[:0], self.targets[:0], self.vocab)
-    def of_items(self, items): return test_set(self.dataset, items, rm_tfms=0)
+    def of_items(self, items, skip=0): return test_set(self.dataset, items, rm_tfms=skip)
 
 # %% ../nbs/40_learners.ipynb #369b13a2
 def as_view(dataset) -> View:
@@ -244,7 +249,8 @@ class Recipe:
         for field, choices in (('schedule', ('constant', 'one_cycle')), ('optimizer', tuple(optimizers)), ('precision', ('float32', 'bfloat16'))):
             value = getattr(self, field)
             if value not in choices: raise ValueError(f"{field} must be one of {', '.join(choices)}, not {value!r}")
-        if self.epochs < 1: raise ValueError(f"a recipe needs at least one epoch, got {self.epochs}")
+        for field in ('epochs', 'bs'):
+            if not isinstance(n := getattr(self, field), Integral) or n < 1: raise ValueError(f"{field} must be a whole number, at least 1, not {n!r}")
 
 # %% ../nbs/40_learners.ipynb #4b5eb1e5
 torch_optimizers = {'sgd': partial(torch.optim.SGD, momentum=.9, foreach=True),
@@ -283,13 +289,20 @@ def computed_in(
         if own: net.forward = own
 
 # %% ../nbs/40_learners.ipynb #6d287735
+def diverged(
+    name,      # what the error calls the network
+    loss,      # a tensor of one number
+    epoch:int, # from 0
+    batch:int, # from 0
+) -> FloatingPointError:
+    "The error for a loss that isn't finite."
+    return FloatingPointError(f"the loss of {name} became {loss.item()} in epoch {epoch+1}, batch {batch+1}: lower the learning rate, or look at its inputs")
+
 class StopOnNaN(Callback):
     "Raise a FloatingPointError that names the network as soon as a training loss isn't finite."
     def __init__(self, which): self.which = which
     def after_batch(self):
-        if self.training and not torch.isfinite(self.loss):
-            raise FloatingPointError(f"the loss of {self.which} became {self.loss.item()} in epoch {self.epoch+1}, "
-                                     f"batch {self.iter+1}: lower the learning rate, or look at its inputs")
+        if self.training and not torch.isfinite(self.loss): raise diverged(self.which, self.loss, self.epoch, self.iter)
 
 class SkipValidation(Callback):
     "Don't go through the held-out slice after each epoch."
@@ -364,22 +377,36 @@ def network_learner(
     net = build_network(spec, len(dls.vocab), input_shape(dls), seed).to(dls.device)
     return Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=metrics, **kwargs)
 
-def input_shape(dls) -> tuple:
-    "(channels, H, W) of the inputs of `dls`."
+def input_shape(
+    dls,    # DataLoaders over images, or over features
+) -> tuple: # (channels, H, W)
+    "Shape of what a network is given for one sample."
     dataset = dls.train.dataset
     if isinstance(dataset, ImageView): return tuple(dataset.images.shape[1:])
     return tuple(dls.train.new(bs=1, drop_last=False).one_batch()[0].shape[1:])
 
 # %% ../nbs/40_learners.ipynb #efd7ef9b
-def mlp_learner(dls, *hidden, **kwargs) -> Learner:
+def mlp_learner(
+    dls,      # DataLoaders
+    *hidden,  # widths of the hidden layers
+    **kwargs, # to `network_learner`
+) -> Learner:
     "A Learner of a multi-layer perceptron with these hidden widths; (200, 150) by default."
     return network_learner(dls, network_spec('MLP', hidden=hidden or None), **kwargs)
 
-def cnn_learner(dls, name='CNN_1', **kwargs) -> Learner:
+def cnn_learner(
+    dls,          # DataLoaders
+    name='CNN_1', # CNN_1 to CNN_5
+    **kwargs,     # to `network_learner`
+) -> Learner:
     "A Learner of one of CNN_1 to CNN_5 (Table 1)."
     return network_learner(dls, name, **kwargs)
 
-def cnn_tl_learner(dls, name='CNN_TL_1', **kwargs) -> Learner:
+def cnn_tl_learner(
+    dls,             # DataLoaders
+    name='CNN_TL_1', # CNN_TL_1 to CNN_TL_5
+    **kwargs,        # to `network_learner`
+) -> Learner:
     "A Learner of one of CNN_TL_1 to CNN_TL_5 (Table 2), with random weights."
     return network_learner(dls, name, **kwargs)
 
@@ -405,13 +432,28 @@ def probabilities(
     return tuple(torch.cat(o).numpy() for o in zip(*out))
 
 # %% ../nbs/40_learners.ipynb #40aa0005
-def accuracy_on(net, dl) -> float: # in [0, 1]; NaN if there are no samples
+def accuracy_on(
+    net,   # a network
+    dl,    # a loader that isn't shuffled
+) -> float: # in [0, 1]; NaN if there are no samples
     "Share of the samples of a loader that `net` assigns to their class."
     if not len(dl.dataset): return float('nan')
     probs, y = probabilities(net, dl)
     return float((probs.argmax(1) == y).mean())
 
-def held_out_confusion(net, dls) -> np.ndarray: # (K, K), rows sum to 1
+def held_out_confusion(
+    net,           # a network
+    dls,           # DataLoaders over K classes, whose `valid` is the held-out slice
+) -> np.ndarray:   # (K, K), rows sum to 1; ValueError if nothing is held out, a warning that names classes of which nothing is
     "Soft confusion of `net` on the held-out slice."
+    if not len(dls.valid.dataset): raise ValueError("dls.valid has no images: the confusion is measured on a held-out slice")
     probs, y = probabilities(net, dls.valid)
+    if unseen := [str(c) for k, c in enumerate(dls.vocab) if k not in y]:
+        warnings.warn(f"no held-out image of {', '.join(unseen)}: what such a class is taken for isn't measured, and it counts as never mistaken")
     return confusion_matrix(y, probs, len(dls.vocab))
+
+def class_counts(
+    dls,          # DataLoaders over K classes
+) -> np.ndarray:  # (K,)
+    "Number of training images of each class."
+    return np.bincount(as_view(dls.train.dataset).targets.cpu().numpy(), minlength=len(dls.vocab))

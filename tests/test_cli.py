@@ -273,7 +273,7 @@ BAD = {
     'trunk': (['decompose', '{folder}', '--out', '{new}', '--trunk', 'MLP_10'], 'at least one must stay in the trunk'),
     'network': (['decompose', '{folder}', '--out', '{new}', '--router', 'CNN_9'], "no network is called 'CNN_9'"),
     'recipe': (['decompose', '{folder}', '--out', '{new}', '--recipe', 'slow'], "no recipe 'slow'; there are paper, one_cycle"),
-    'epochs': (['decompose', '{folder}', '--out', '{new}', '--epochs', '0'], 'at least one epoch'),
+    'epochs': (['decompose', '{folder}', '--out', '{new}', '--epochs', '0'], 'epochs must be a whole number, at least 1'),
     'size': (['decompose', '{folder}', '--out', '{new}', '--size', '0'], '--size 0'),
     'size for the network': (['decompose', '{folder}', '--out', '{new}', '--size', '8'], 'CNN_1 needs images of at least 16'),
     'gamma': (['decompose', '{folder}', '--out', '{new}', '--gamma', '0'], '--gamma 0: it must be positive'),

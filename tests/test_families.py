@@ -2,6 +2,7 @@
 import signal, subprocess, sys
 from copy import deepcopy
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import hdfast.families as families
-from hdfast.families import Job, _train_fused, _train_recorded, code_version, feature_dataloaders, features, fit_network, fit_networks, network_key, train
+from hdfast.families import (Job, _practise, _record, _Steps, _train_fused, _train_recorded, bar_over, code_version, feature_dataloaders, features, fit_network,
+                             fit_networks, network_key, train)
 from hdfast.learners import (Normalization, SkipValidation, ViewDataLoaders, build_network, class_view, cluster_view, computed_in, crop_flip, input_shape, network_learner,
                              recipe, training_loader)
 from hdfast.networks import network_spec, seeded
@@ -160,6 +162,30 @@ def test_recorded_steps_with_all_kinds_of_last_batches(dls, n):
     assert gap(*recorded([job], how), *one_by_one([job], how)) < 1e-6
 
 
+def one_step(dls):
+    "A training of a single step"
+    how = replace(HOW['one_cycle'], epochs=1)
+    steps = _Steps(build_network(dry_cnn, 4, (3, 16, 16), 1).train(), training_loader(part(dls, range(4), 9), how.bs, 1), how, CPU)
+    assert len(steps) == 1
+    return steps
+
+
+def test_practice_before_recording_stays_on_the_first_step(dls):
+    steps = one_step(dls)
+    _practise(steps, 9)
+    assert steps.at.item() == 0 and steps.losses.item() > 0
+
+
+def test_recording_a_single_step_leaves_everything_as_it_was(dls, monkeypatch):
+    steps = one_step(dls)
+    state = lambda: torch.cat([t.flatten() for t in (*steps.params, *(t for ts in steps.rule.state for t in ts), steps.at, steps.losses)])
+    before = state().clone()
+    with monkeypatch.context() as m:
+        m.setattr(families.torch, 'cuda', MagicMock())
+        _record(steps)
+    assert torch.equal(state(), before)
+
+
 def test_a_recorded_network_alone_has_the_loops_dropout(dls):
     job = Job(class_view(dls, [1, 2, 3]), 'CNN_3', 4)
     with torch.random.fork_rng():
@@ -196,6 +222,21 @@ def test_perceptrons_alike_are_fused_and_others_are_not(dls, monkeypatch):
     monkeypatch.setattr(families, '_train_fused', lambda jobs, how: fused.append([job.spec for job in jobs]) or _train_fused(jobs, how))
     fit_networks([Job(class_view(dls, [i, i + 1]), spec, i) for i, spec in enumerate(['MLP_7', 'MLP_9', 'MLP_7', dry_cnn, 'MLP_5'])], HOW['paper'])
     assert fused == [['MLP_7', 'MLP_7']]
+
+
+def test_the_bar_catches_up_with_what_is_done(monkeypatch):
+    at = []
+    def bar(steps, leave):
+        for i in steps:
+            at.append(i)
+            yield i
+        at.append(len(steps))
+    monkeypatch.setattr(families, 'progress_bar', bar)
+    show, seen = bar_over(10), []
+    for done in (1, 6, 6, 10, 10):
+        show(done, 10)
+        seen.append(at[-1])
+    assert seen == [1, 6, 6, 10, 10]
 
 
 def test_no_jobs_give_no_networks(tmp_path): assert fit_networks([], HOW['paper'], tmp_path) == []
@@ -385,6 +426,13 @@ def test_features_of_features_go_on(dls):
     twice = feature_dataloaders(feature_dataloaders(dls, nn.AvgPool2d(2)), nn.AvgPool2d(2))
     once = feature_dataloaders(dls, nn.AvgPool2d(4))
     assert torch.allclose(twice.train.dataset.images, once.train.dataset.images, atol=1e-6)
+
+
+def test_making_features_leaves_frozen_parts_of_the_body_as_they_are(dls):
+    body = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(.5)).train()
+    body[0].eval()
+    feature_dataloaders(dls, body)
+    assert body.training and [m.training for m in body] == [False, True]
 
 
 def test_features_need_an_image_set_without_augmentation(images, image_folder):

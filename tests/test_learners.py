@@ -19,8 +19,8 @@ import hdfast.families as families
 import hdfast.learners as learners
 from hdfast.clustering import cluster_classes, hierarchy_from_groups
 from hdfast.datasets import HELD_OUT, TRAIN, ImageSet, synthetic
-from hdfast.families import Job, fit_network, network_key, save_weights
-from hdfast.learners import (RECIPES, ImageView, Normalization, build_network, class_view, cluster_view, cnn_learner, computed_in, cnn_tl_learner, crop_flip, is_shuffled,
+from hdfast.families import Job, feature_dataloaders, fit_network, network_key, save_weights
+from hdfast.learners import (RECIPES, ImageDL, ImageView, Normalization, ViewDataLoaders, build_network, class_counts, class_view, cluster_view, cnn_learner, computed_in, cnn_tl_learner, crop_flip, held_out_confusion, is_shuffled,
                              mlp_learner, network_learner, probabilities, recipe)
 
 one_epoch = recipe('one_cycle', epochs=1)
@@ -260,7 +260,8 @@ def test_the_recipe_called_paper_is_the_papers():
 
 
 @pytest.mark.parametrize('name, changes, message', [('papr', {}, 'there are paper, one_cycle'), ('paper', dict(schedule='cosine'), 'schedule'),
-                                                    ('paper', dict(optimizer='lion'), 'sgd, adam'), ('paper', dict(precision='float16'), 'float32, bfloat16'), ('paper', dict(epochs=0), 'at least one epoch')])
+                                                    ('paper', dict(optimizer='lion'), 'sgd, adam'), ('paper', dict(precision='float16'), 'float32, bfloat16'), ('paper', dict(epochs=0), 'epochs must be a whole number, at least 1, not 0'),
+                                                    ('paper', dict(epochs=2.5), 'epochs must be a whole number'), ('paper', dict(bs=0), 'bs must be'), ('paper', dict(bs=12.), 'bs must be')])
 def test_a_recipe_that_makes_no_sense_is_refused(name, changes, message):
     with pytest.raises(ValueError, match=message): recipe(name, **changes)
 
@@ -353,6 +354,19 @@ def test_everything_that_determines_the_weights_changes_the_key(images):
     assert key() == key() == key(changed())
 
 
+def view_without_source(pixels, body=None):
+    loaders = [ImageDL(ImageView(pixels, torch.arange(4), torch.tensor([0, 1, 0, 1]), 'ab'), shuffle=s, device='cpu') for s in (True, False)]
+    dls = ViewDataLoaders(*loaders, device='cpu')
+    return dls if body is None else feature_dataloaders(dls, body)
+
+
+@pytest.mark.parametrize('body', [None, torch.nn.AvgPool2d(2)], ids=['images', 'features'])
+def test_images_that_nothing_tells_from_others_are_not_cached(body, tmp_path):
+    with pytest.raises(ValueError, match='fingerprint.*ImageSet.dataloaders.*`source`'):
+        fit_network(view_without_source(torch.rand(4, 3, 4, 4), body), 'MLP_4', one_epoch, cache=tmp_path)
+    fit_network(view_without_source(torch.rand(4, 3, 4, 4), body), 'MLP_4', one_epoch)
+
+
 def test_an_augmentation_without_a_name_of_its_own_is_not_cached(images):
     for f in (lambda x, g: x, partial(crop_flip, pad=1)):
         with pytest.raises(ValueError, match='give the augmentation a name'): network_key(Job(images.dataloaders(device='cpu', augment=f), 'MLP_8'), one_epoch)
@@ -438,6 +452,33 @@ def test_the_training_samples_are_seen_without_augmentation_when_not_shuffled(im
     assert torch.equal(next(iter(a))[0], next(iter(b))[0])
 
 
+def without_held_out(dls, classes):
+    "The same loaders with held-out samples of these classes only"
+    v = dls.valid.dataset
+    keep = torch.isin(v.targets, torch.tensor(classes, dtype=torch.long))
+    return ViewDataLoaders(dls.train, dls.valid.new(v.select(v.index[keep], v.targets[keep], v.vocab)), device='cpu')
+
+
+def test_without_a_held_out_image_there_is_no_confusion(dls):
+    with pytest.raises(ValueError, match='dls.valid has no images: the confusion is measured on a held-out slice'):
+        held_out_confusion(mlp_learner(dls, 4).model, without_held_out(dls, []))
+
+
+def test_classes_without_a_held_out_image_are_named(dls, recwarn):
+    net = mlp_learner(dls, 4).model
+    held_out_confusion(net, dls)
+    assert not [w for w in recwarn if 'held-out' in str(w.message)]
+    with pytest.warns(UserWarning, match=f'no held-out image of {dls.vocab[3]}, {dls.vocab[8]}: '):
+        C = held_out_confusion(net, without_held_out(dls, [0, 1, 2, 4, 5, 6, 7]))
+    assert C[3, 3] == C[8, 8] == 1 and C[0, 0] < 1
+
+
+@sources
+def test_training_images_are_counted(source, request):
+    view = class_view(request.getfixturevalue(source), [4, 1])
+    assert class_counts(view).tolist() == [(view.train.dataset.targets == k).sum() for k in (0, 1)]
+
+
 # ---- they are fastai's
 
 def test_learning_learns_what_there_is_to_learn(dls):
@@ -502,6 +543,25 @@ def test_a_learner_predicts_one_image(source, images, image_folder, request):
     view = class_view(request.getfixturevalue(source), [4, 1, 7])
     item = images.images[0] if source == 'dls' else next(image_folder.rglob('*.png'))
     with mlp_learner(view, 4).no_bar() as learn: assert learn.predict(item)[0] in view.vocab
+
+
+@sources
+def test_new_items_are_predicted_and_shown(source, images, image_folder, request):
+    view = class_view(request.getfixturevalue(source), [4, 1, 7])
+    items = list(images.images[:5]) if source == 'dls' else sorted(image_folder.rglob('*.png'))[:5]
+    learn, dl = mlp_learner(view, 4), view.test_dl(items, bs=2)
+    assert [len(x) for x, in dl] == [2, 2, 1] and len(view.test_dl(items).dataset) == 5
+    with learn.no_bar(): preds, targets = learn.get_preds(dl=dl)
+    with torch.no_grad(): want = torch.cat([learn.model.eval()(x).softmax(1) for x, in dl])
+    assert targets is None and torch.allclose(torch.as_tensor(preds), torch.as_tensor(want), atol=1e-6)
+    dl.show_batch(max_n=2)
+    plt.close()
+    with pytest.raises(ValueError, match='labels'): view.test_dl(items, with_labels=True)
+
+
+def test_new_items_in_memory_are_a_dataset(dls, images):
+    ds = dls.test_dl(list(images.images[:2])).dataset
+    assert len(ds[1]) == 1 and torch.equal(torch.as_tensor(ds[1][0]), images.images[1]) and len(ds.new_empty()) == 0
 
 
 @sources
