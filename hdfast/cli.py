@@ -23,9 +23,9 @@ def about(
     seconds:float, # a forecast
 ) -> str:          # such as 'about 4 minutes'
     "A duration in words, no more exact than a forecast can be."
-    for unit, length in (('day', 86400), ('hour', 3600), ('minute', 60)):
-        if seconds >= length: return f"about {(n := round(seconds/length))} {unit}{'s'*(n > 1)}"
-    return 'under a minute'
+    if seconds < 60: return 'under a minute'
+    for unit, length, enough in (('minute', 60, 60), ('hour', 3600, 24), ('day', 86400, float('inf'))):
+        if (n := round(seconds/length)) < enough: return f"about {n} {unit}{'s'*(n > 1)}"
 
 # %% ../nbs/90_cli.ipynb #e87d1283
 def _say_error(message, status=2):
@@ -171,11 +171,10 @@ def _forecast(dls, how, networks):
 # %% ../nbs/90_cli.ipynb #349f4b92
 def _epoch_reporter(n):
     "A function to call with each of `n` epochs and its last loss, which shows how far it is."
-    from fastprogress.fastprogress import progress_bar
+    from hdfast.families import bar_over
     if _terminal():
-        bar = iter(progress_bar(range(n), leave=False))
-        next(bar)
-        return lambda epoch, loss: next(bar, None)
+        move = bar_over(n)
+        return lambda epoch, loss: move(epoch + 1, n)
     every = -(-n//5)
     def line(epoch, loss):
         if (epoch + 1) % every == 0: print(f'      epoch {epoch + 1} of {n}: training loss {loss:.2f}', flush=True)
@@ -248,7 +247,7 @@ class _OneTrunk:
     def said(self, n): return f'router and {n} experts on the convolutions of {self.trunk}'
     def fit(self, dls, h, how, seed, cache):
         from hdfast.trunk import TrunkClassifier
-        return TrunkClassifier(h, self.spec, how, seed).fit(dls, cache)
+        return TrunkClassifier(h, self.spec, how, seed).fit(dls, cache, on_epoch=_epoch_reporter(how.epochs))
 
 # %% ../nbs/90_cli.ipynb #0988fbfb
 def _form(router, expert, trunk):
@@ -364,11 +363,10 @@ def _read(file, size):
 def _answers(model, images, top):
     "For each image its cluster and its `top` classes, as (name, probability)."
     import numpy as np, torch
-    x = torch.from_numpy(np.stack(images))
-    probs, routed = model.predict_proba(x), model.cluster_proba(x).argmax(1)
+    clusters, probs = model._clusters_and_classes(torch.from_numpy(np.stack(images)))
     best = probs.argsort(1)[:, ::-1][:, :top]
     named = lambda row, ids: [(model.hierarchy.classes[c], round(float(row[c]), 6)) for c in ids]
-    return [(int(q), named(row, ids)) for q, row, ids in zip(routed, probs, best)]
+    return [(int(q), named(row, ids)) for q, row, ids in zip(clusters.argmax(1), probs, best)]
 
 # %% ../nbs/90_cli.ipynb #1f657e6b
 def _show(file, cluster, classes, as_json):

@@ -22,9 +22,9 @@ from . import __version__
 from .clustering import ClassHierarchy, cluster_into
 from .families import Job, bar_over, fit_network, fit_networks
 from .inference import predict_in_batches
-from .learners import ImageDL, Normalization, Recipe, build_network, class_view, cluster_view
-from .learners import held_out_confusion, input_shape, recipe
-from .networks import NetworkSpec, network_spec
+from .learners import ImageDL, Normalization, Recipe, build_network, check_classes, class_view, cluster_view
+from .learners import held_out_confusion, input_shape, is_shuffled, recipe
+from .networks import NetworkSpec, evaluating, network_spec
 
 # %% ../nbs/50_hierarchical.ipynb #4b1c8974
 def combine(
@@ -71,6 +71,8 @@ class HierarchicalClassifier:
         state = 'not trained' if self.experts is None else f'trained at {self.size[0]}×{self.size[1]}'
         return (f"HierarchicalClassifier ({state}): router {self.router_spec.name}, experts {', '.join(nets)}, "
                 f"recipe {self.recipe.name}\n{self.hierarchy}")
+    def _check_trained(self):
+        if self.experts is None: raise ValueError("this classifier isn't trained yet: call .fit(dls), or .load(folder)")
 
 _recipe = recipe
 
@@ -123,8 +125,8 @@ def _place(self:HierarchicalClassifier, nets, dls):
 @patch
 def _inputs(self:HierarchicalClassifier, data):
     "The number of images in `data`, a function from rows to network inputs, and the targets if `data` has them."
-    if self.experts is None: raise ValueError("this classifier isn't trained yet: call .fit(dls), or .load(folder)")
-    if getattr(data, 'shuffle', False): raise ValueError("the loader is shuffled, so the answers would come in no known order")
+    self._check_trained()
+    if is_shuffled(data): raise ValueError("the loader is shuffled, so the answers would come in no known order")
     images, rows_of, targets = _raw(data)
     if tuple(images.shape[1:]) != self.shape:
         raise ValueError(f"images have shape {tuple(images.shape)}; this classifier takes (N, {', '.join(map(str, self.shape))})")
@@ -138,7 +140,7 @@ def _inputs(self:HierarchicalClassifier, data):
 
 def _raw(data):
     "Images, the rows of them that are meant, and targets or None, from an `ImageDL`, any other loader, or an array."
-    if isinstance(data, ImageDL): return data.dataset.images, data.dataset.index, data.dataset.targets.cpu()
+    if isinstance(data, ImageDL): return (v := data.dataset).images, v.index, None if v.targets is None else v.targets.cpu()
     if not hasattr(data, 'dataset'): return (images := torch.as_tensor(data)), torch.arange(len(images), device=images.device), None
     x, *y = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(*data))
     return x, torch.arange(len(x), device=x.device), y[0].cpu() if y else None
@@ -150,11 +152,7 @@ def _run(self:HierarchicalClassifier, net, take, rows):
     "Probabilities of one network, or of a nested classifier, for some rows of the inputs."
     if net is None: return torch.ones(len(rows), 1)
     if isinstance(net, HierarchicalClassifier): return torch.cat([net._ask(take(r)) for r in rows.split(256)])
-    training = net.training
-    if training: net.eval()
-    out = predict_in_batches(net, take, rows, self.shape, self.device).softmax(1).cpu()
-    if training: net.train()
-    return out
+    with evaluating(net): return predict_in_batches(net, take, rows, self.shape, self.device).softmax(1).cpu()
 
 @patch
 def _ask(self:HierarchicalClassifier, x): return self._combine(*self._opinions(len(x), x.__getitem__))
@@ -170,6 +168,13 @@ def _combine(self:HierarchicalClassifier, p, assign, k=1, duplicates='sum'):
 
 # %% ../nbs/50_hierarchical.ipynb #3004df28
 @patch
+def _clusters_and_classes(self:HierarchicalClassifier, images, k=1, duplicates='sum'):
+    "Probabilities of clusters and of classes, each network asked once."
+    n, take, _ = self._inputs(images)
+    p, ask = self._opinions(n, take)
+    return p.numpy(), self._combine(p, ask, k, duplicates).numpy()
+
+@patch
 def predict_proba(self:HierarchicalClassifier,
     images,            # uint8 (N, 3, H, W), or a loader that isn't shuffled; floats are taken as normalised already
     k:int=1,           # clusters to follow per image, at the top level; the number of clusters gives the full product
@@ -178,8 +183,7 @@ def predict_proba(self:HierarchicalClassifier,
     "Probabilities over all classes (eq. 2)."
     n = self.hierarchy.n_clusters
     if not 1 <= k <= n: raise ValueError(f"k={k}: there are {n} clusters to follow")
-    n_images, take, _ = self._inputs(images)
-    return self._combine(*self._opinions(n_images, take), k, duplicates).numpy()
+    return self._clusters_and_classes(images, k, duplicates)[1]
 
 @patch
 def predict(self:HierarchicalClassifier,
@@ -204,9 +208,7 @@ def routing_scores(
     h,      # the hierarchy
 ) -> dict:
     "Share of images sent to the home cluster of their class, and to any cluster that contains it."
-    holds = np.zeros((h.n_clusters, h.n_classes), dtype=bool)
-    for q, members in enumerate(h.clusters): holds[q, list(members)] = True
-    return {'HC home': (h.home[y] == routed).mean(), 'HC contains': holds[routed, y].mean()}
+    return {'HC home': (h.home[y] == routed).mean(), 'HC contains': h.holds[routed, y].mean()}
 
 # %% ../nbs/50_hierarchical.ipynb #814a241a
 def calibration_error(
@@ -265,8 +267,9 @@ def evaluate(self:HierarchicalClassifier,
 def _labelled(self:HierarchicalClassifier, dl):
     "What `_inputs` says of a loader, with the true classes as an array."
     n, take, y = self._inputs(dl)
-    if y is None: raise ValueError("evaluate needs the true classes: pass a loader with labels, such as dls[2]")
-    if list(map(str, dl.vocab)) != list(self.hierarchy.classes): raise ValueError("the loader's classes aren't the classifier's, or stand in another order")
+    if y is None or not hasattr(dl, 'vocab'):
+        raise ValueError("evaluate needs the true classes and their names: pass a fastai loader with labels, such as dls[2]")
+    check_classes(dl, self.hierarchy)
     return n, take, y.numpy()
 
 # %% ../nbs/50_hierarchical.ipynb #34a645c1
@@ -372,7 +375,7 @@ def save(self:HierarchicalClassifier,
     provenance=None, # anything to keep with it, as JSON values
 ) -> Path:
     "Write weights (safetensors) and everything else (JSON) to `folder`."
-    if self.experts is None: raise ValueError("this classifier isn't trained yet: there is nothing to save")
+    self._check_trained()
     folder = Path(folder)
     check_replaceable(folder)
     versions = dict(hdfast=__version__, torch=torch.__version__, python=platform.python_version())
@@ -459,6 +462,7 @@ def to(self:HierarchicalClassifier,
     device, # 'cpu', 'cuda', ...
 ) -> HierarchicalClassifier:
     "Move every network to `device`."
+    self._check_trained()
     self.device = torch.device(device)
     for net in (self.router, *self.experts):
         if net is not None: net.to(device)

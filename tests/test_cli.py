@@ -87,6 +87,7 @@ def test_help_and_version_do_not_wait_for_torch():
 def test_about():
     assert [about(s) for s in (0, 59, 60, 130, 3600, 5400.1, 86400)] == [
         'under a minute', 'under a minute', 'about 1 minute', 'about 2 minutes', 'about 1 hour', 'about 2 hours', 'about 1 day']
+    assert [about(s) for s in (3540, 3599, 84000, 86399, 10*86400)] == ['about 59 minutes', 'about 1 hour', 'about 23 hours', 'about 1 day', 'about 10 days']
 
 
 # ---- decompose
@@ -188,6 +189,25 @@ def test_predict_is_load_and_predict(family, image_folder, capsys):
     for r in rows: assert classes.index(r['class']) in model.hierarchy.clusters[r['cluster']]
 
 
+def test_predict_asks_each_network_once_for_a_batch(family, image_folder, monkeypatch):
+    asked, own = [], HierarchicalClassifier._run
+    def run(self, net, take, rows):
+        asked.append(id(net))
+        return own(self, net, take, rows)
+    monkeypatch.setattr(HierarchicalClassifier, '_run', run)
+    assert main(['predict', family, image_folder/'amber-1']) == 0
+    assert asked and len(asked) == len(set(asked))
+
+
+@pytest.mark.parametrize('terminal', [False, True])
+def test_epochs_are_told_by_a_bar_or_by_five_lines(terminal, monkeypatch, capsys):
+    monkeypatch.setattr(cli, '_terminal', lambda: terminal)
+    report = cli._epoch_reporter(10)
+    for epoch in range(10): report(epoch, 1.)
+    lines = [line for line in capsys.readouterr().out.splitlines() if 'training loss' in line]
+    assert len(lines) == (0 if terminal else 5)
+
+
 def test_predict_takes_the_model_too_and_files_and_folders(family, image_folder, copy, capsys):
     one, folder = sorted((image_folder/'amber-2').iterdir())[3], image_folder/'amber-1'
     rows = predicted(capsys, family, one, folder)
@@ -205,6 +225,7 @@ def test_router_and_experts_on_one_trunk(trunk, image_folder, tmp_path, capsys):
     assert main(['decompose', image_folder, '--out', out, *settings]) == 0
     said = capsys.readouterr().out
     assert f'on the convolutions of {trunk}' in said and 'recipe one_cycle' in said
+    assert 'epoch 1 of 1: training loss' in said.partition('[4/5]')[2] # the trunk's own epochs are told
     photo = next(p for p in sorted(Path(image_folder).rglob('*')) if p.suffix in ('.png', '.jpg'))
     assert main(['predict', out, photo, '--json']) == 0
     said, model = json.loads(capsys.readouterr().out), HierarchicalClassifier.load(out/'model')

@@ -210,8 +210,8 @@ def test_a_network_that_diverges_is_named_with_its_cluster(taxonomy, dls):
         HierarchicalClassifier(one, 'MLP_8', 'MLP_6', recipe('paper', epochs=9, lr=1e9)).fit(dls, progress=False)
 
 
-@pytest.mark.parametrize('use', [lambda m, x: m.predict(x), lambda m, x: m.predict_proba(x), lambda m, x: m.evaluate(x), lambda m, x: m.save('never')],
-                         ids=['predict', 'predict_proba', 'evaluate', 'save'])
+@pytest.mark.parametrize('use', [lambda m, x: m.predict(x), lambda m, x: m.predict_proba(x), lambda m, x: m.evaluate(x), lambda m, x: m.save('never'),
+                                 lambda m, x: m.to('cpu')], ids=['predict', 'predict_proba', 'evaluate', 'save', 'to'])
 def test_what_is_not_trained_says_so(use, taxonomy, dls, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="isn't trained yet"): use(HierarchicalClassifier(taxonomy), dls.valid)
@@ -289,6 +289,21 @@ def test_a_way_of_combining_that_does_not_exist_is_refused(kwargs, fitted, test_
 
 def test_a_shuffled_loader_is_refused(classifier, dls):
     with pytest.raises(ValueError, match='shuffled'): classifier.predict(dls.train)
+    torchs = torch.utils.data.DataLoader([(x, 0) for x in torch.zeros(9, 3, 16, 16)], batch_size=2, shuffle=True)
+    with pytest.raises(ValueError, match='shuffled'): classifier.predict(torchs)
+
+
+def test_a_loader_of_new_images_has_no_targets_and_needs_none(classifier, dls, test_images):
+    new = dls.test_dl(list(test_images))
+    assert np.array_equal(classifier.predict_proba(new), classifier.predict_proba(test_images))
+    with pytest.raises(ValueError, match='needs the true classes'): classifier.evaluate(new)
+
+
+def test_a_network_in_training_is_asked_in_eval_mode_and_stays_as_it_was(classifier, test_images):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(768), torch.nn.Dropout(), torch.nn.Linear(768, 9))
+    net[1].eval() # frozen
+    ask = lambda: classifier._run(net, lambda rows: classifier.normalize(test_images[rows]), torch.arange(5))
+    assert torch.equal(ask(), ask()) and [m.training for m in net.modules()] == [True, True, False, True, True]
 
 
 @pytest.mark.parametrize('dtype', [np.float64, np.int64], ids=str)
@@ -389,7 +404,13 @@ def test_evaluation_on_a_shuffled_loader_is_refused(classifier, dls, users):
 
 
 def test_evaluation_on_other_classes_is_refused(classifier, dls):
-    with pytest.raises(ValueError): classifier.evaluate(class_view(dls, [5, 1])[2])
+    with pytest.raises(ValueError, match='2 classes'): classifier.evaluate(class_view(dls, [5, 1])[2])
+
+
+def test_evaluation_on_a_loader_without_names_of_classes_is_refused_in_words(classifier, test_images):
+    pairs = torch.utils.data.DataLoader([(x, 0) for x in test_images], batch_size=7)
+    with pytest.raises(ValueError, match='names: pass a fastai loader'): classifier.evaluate(pairs)
+    with pytest.raises(ValueError, match='names: pass a fastai loader'): classifier.evaluate(test_images)
 
 
 # ---- save and load
