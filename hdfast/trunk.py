@@ -501,6 +501,7 @@ def to(self:TrunkClassifier,
     device, # 'cpu', 'cuda', ...
 ) -> TrunkClassifier:
     "Move the network to `device`."
+    self._check_trained()
     return self._use(self.net.to(device), self.shape, self.normalize, device)
 
 # %% ../nbs/55_trunk.ipynb #1c6daee0
@@ -519,6 +520,7 @@ def cost(self:TrunkClassifier,
     k:int=1, # clusters followed
 ) -> dict:
     "Multiply-adds for one image and parameters stored."
+    self._check_trained()
     x = torch.zeros(1, *self.shape, device=self.device)
     f = self.net.body(x)
     each = sorted((multiplications(e, f) for e in self.experts if e is not None), reverse=True)

@@ -20,6 +20,7 @@ from hdfast import families
 from hdfast.families import fit_network
 from hdfast.learners import class_view, cluster_view, recipe
 from hdfast.networks import network
+from hdfast.trunk import TrunkClassifier
 from hdfast.trust import CalibratedClassifier, Temperatures
 
 short, one_epoch = recipe('one_cycle', epochs=2), recipe('one_cycle', epochs=1)
@@ -216,6 +217,12 @@ def test_what_is_not_trained_says_so(use, taxonomy, dls, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="isn't trained yet"): use(HierarchicalClassifier(taxonomy), dls.valid)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('use', [lambda m: m.to('cpu'), lambda m: m.cost(), lambda m: m.save('never')], ids=['to', 'cost', 'save'])
+def test_a_trunk_that_is_not_trained_says_so(use, taxonomy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="isn't trained yet"): use(TrunkClassifier(taxonomy))
 
 
 def test_a_hierarchy_of_other_classes_than_the_datas_is_refused(dls):
