@@ -647,6 +647,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'hdfast.selection._eigenvalues': ('selection.html#_eigenvalues', 'hdfast/selection.py'),
                                   'hdfast.selection._features': ('selection.html#_features', 'hdfast/selection.py'),
                                   'hdfast.selection._fill': ('selection.html#_fill', 'hdfast/selection.py'),
+                                  'hdfast.selection._fill_from': ('selection.html#_fill_from', 'hdfast/selection.py'),
                                   'hdfast.selection._folder': ('selection.html#_folder', 'hdfast/selection.py'),
                                   'hdfast.selection._key': ('selection.html#_key', 'hdfast/selection.py'),
                                   'hdfast.selection._line': ('selection.html#_line', 'hdfast/selection.py'),

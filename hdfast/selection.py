@@ -15,6 +15,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+import cloudpickle
 import numpy as np
 import pandas as pd
 import torch
@@ -27,7 +28,7 @@ from matplotlib.ticker import MaxNLocator
 from scipy.stats import entropy
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from .clustering import ClassHierarchy, check_one_level, palette, sub_confusion
-from .confusion import distance_matrix
+from .confusion import check_confusion, distance_matrix
 from .families import Job, bar_over, fit_networks
 from .hierarchical import HierarchicalClassifier, class_scores
 from .learners import accuracy_on, as_view, check_classes, class_view, held_out_confusion, probabilities, recipe
@@ -36,17 +37,18 @@ from .networks import NetworkSpec, mlp_spec, n_parameters, network_spec
 
 # %% ../nbs/60_selection.ipynb #5d2889e4
 def describe(
-    C,       # confusion matrix of the flat network, shape (K, K)
+    C,       # confusion matrix of the flat network, shape (K, K), dense or scipy.sparse
     cluster, # n class ids, n >= 2
     counts,  # training images of each class, shape (K,)
 ) -> dict:   # twelve named numbers
     "What a cluster looks like, whatever its size (the features of Algorithm 2)."
     if len(cluster) < 2: raise ValueError(f"cluster {tuple(cluster)} has a single class, and needs no expert")
-    if len(C) != len(counts): raise ValueError(f"the confusion matrix is of {len(C)} classes, the data have {len(counts)}")
-    members, P = list(cluster), sub_confusion(C, cluster)
+    C, members = check_confusion(C), list(cluster)
+    if C.shape[0] != len(counts): raise ValueError(f"the confusion matrix is of {C.shape[0]} classes, the data have {len(counts)}")
+    P = sub_confusion(C, members)
     own, pairs = np.asarray(counts)[members], P[~np.eye(len(P), dtype=bool)]
     return {'classes': len(P), 'samples': int(own.sum()), 'imbalance': own.max()/max(own.min(), 1),
-            'kept': np.asarray(C)[np.ix_(members, members)].sum(1).mean(),
+            'kept': C[members][:, members].sum(1).mean(),
             'mean off-diagonal': pairs.mean(), 'largest off-diagonal': pairs.max(), 'entropy': float(entropy(P, axis=1, base=2).mean()),
             **_merges(P), **_eigenvalues(P)}
 
@@ -474,6 +476,11 @@ def _fill(jobs, recipe, cache):
     fit_networks(jobs, recipe, cache)
     return len(jobs)
 
+def _fill_from(file, which, recipe, cache):
+    "Train some of the jobs in a file, whose images are mapped into memory and shared with other processes."
+    jobs = torch.load(file, mmap=True, weights_only=False)
+    return _fill([jobs[i] for i in which], recipe, cache)
+
 def _report(trained, n, progress):
     "Wait for all of `trained`, numbers of networks, and tell `progress` how far it is."
     done = 0
@@ -492,8 +499,10 @@ def in_processes(
 ):                # a function of (jobs, recipe, cache, progress), as `fit_networks` is
     "Train jobs in several processes of this machine."
     def train(jobs, recipe, cache=None, progress=None):
-        with _folder(cache) as folder:
-            parts = (delayed(_fill)(part, recipe, folder) for part in _parts(jobs, n_jobs*per_job))
+        with _folder(cache) as folder, tempfile.TemporaryDirectory() as aside:
+            file = Path(aside)/'jobs.pt'
+            torch.save(jobs, file, pickle_module=cloudpickle) # once, not with every part: loaders hold all images
+            parts = (delayed(_fill_from)(file, part, recipe, folder) for part in _parts(range(len(jobs)), n_jobs*per_job))
             try: _report(Parallel(n_jobs, return_as='generator_unordered')(parts), len(jobs), progress)
             finally: get_reusable_executor().shutdown(wait=True) # idle processes would keep this one from ending, for minutes
             return fit_networks(jobs, recipe, folder)

@@ -9,11 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import cloudpickle
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from joblib import delayed
+from scipy import sparse
 
 import hdfast.selection as selection
 from hdfast.clustering import cluster_classes, hierarchy_from_groups
@@ -89,6 +92,11 @@ def test_a_perfectly_told_cluster_has_no_entropy():
 
 def test_description_of_a_single_class_is_refused():
     with pytest.raises(ValueError, match='single class'): describe(C9, (3,), [1]*9)
+
+
+def test_description_of_a_sparse_confusion_is_that_of_the_dense_one():
+    C = np.array([[.6, .4, 0], [.1, .7, .2], [0, 0, 1]])
+    for make in (sparse.csr_array, sparse.coo_matrix): assert describe(make(C), (2, 1), [30, 10, 5]) == pytest.approx(describe(C, (2, 1), [30, 10, 5]))
 
 
 def test_description_of_raw_counts_is_refused():
@@ -523,6 +531,21 @@ def test_processes_give_the_same_trials(images, taxonomy, tmp_path):
     train = lambda jobs, how, cache, progress: in_processes(2, per_job=2)(jobs, how, cache, lambda *a: told.append(a))
     assert try_candidates(dls, taxonomy, C9, pair, short, cache=tmp_path, train=train) == try_candidates(dls, taxonomy, C9, pair, short)
     assert len(files(tmp_path)) == 6 and told[-1] == (6, 6)
+
+
+def test_processes_are_not_sent_the_images(images, taxonomy, monkeypatch):
+    "All images go into one file, once, and a part is no more than its name and numbers"
+    sent, files, whole = [], set(), images.images.numel()
+    def weighed(f):
+        def task(*args):
+            sent.append(len(cloudpickle.dumps(args)))
+            files.add((args[0], args[0].stat().st_size))
+            return delayed(f)(*args)
+        return task
+    monkeypatch.setattr(selection, 'delayed', weighed)
+    try_candidates(images.dataloaders(device='cpu', bs=32), taxonomy, C9, pair[:1], recipe(short, epochs=1), train=in_processes(2, 2))
+    (file, size), = files
+    assert len(sent) == 3 and max(sent) < whole/20 and whole < size < 1.5*whole and not file.exists()
 
 
 def test_processes_without_a_cache(images, taxonomy):
