@@ -12,8 +12,9 @@ from fastcore.basics import patch
 from torch import nn
 from .clustering import ClassHierarchy
 from .families import feature_dataloaders, train
+from .learners import class_counts
 from .networks import seeded
-from .trunk import FusedHeads, HierarchyHeads, SharedTrunk, TrunkClassifier, add_to_loss, training_counts, features_shape, trunk_body
+from .trunk import FusedHeads, HierarchyHeads, SharedTrunk, TrunkClassifier, add_to_loss, features_shape, trunk_body
 
 # %% ../nbs/56_hdcnn.ipynb #05f83833
 class CoarseComponent(nn.Module):
@@ -98,7 +99,7 @@ def fit(self:HDCNN,
     on_epoch=None,      # called with the epoch's number, from 0 in each step, and its last loss
 ) -> HDCNN:
     "Train in three steps: building block, fine components, everything."
-    self.counts = training_counts(dls)
+    self.counts = class_counts(dls)
     return TrunkClassifier.fit(self, dls, cache, on_epoch)
 
 @patch

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CNN_CANDIDATES', 'MLP_CANDIDATES', 'CANDIDATES', 'describe', 'Trial', 'candidate_jobs', 'try_candidates',
-           'class_counts', 'make_trial', 'merge_trials', 'read_pile', 'pile_up', 'trial_table', 'SpecClassifier',
-           'layers_neurons', 'SpecRegressor', 'chooser_for', 'NetworkSelector', 'specs_for', 'apart', 'leave_one_out',
-           'best_of', 'choices', 'choice_scores', 'verdict', 'choice_rows', 'chosen_specs', 'in_processes', 'in_ray',
-           'plot_trial', 'plot_selected', 'plot_mix']
+           'make_trial', 'merge_trials', 'read_pile', 'pile_up', 'trial_table', 'SpecClassifier', 'layers_neurons',
+           'SpecRegressor', 'chooser_for', 'NetworkSelector', 'specs_for', 'apart', 'leave_one_out', 'best_of',
+           'choices', 'choice_scores', 'verdict', 'choice_rows', 'chosen_specs', 'in_processes', 'in_ray', 'plot_trial',
+           'plot_selected', 'plot_mix']
 
 # %% ../nbs/60_selection.ipynb #02e94179
 import json, tempfile, warnings
@@ -31,7 +31,7 @@ from .clustering import ClassHierarchy, check_one_level, palette, sub_confusion
 from .confusion import check_confusion, distance_matrix
 from .families import Job, bar_over, fit_networks
 from .hierarchical import HierarchicalClassifier, class_scores
-from .learners import accuracy_on, as_view, check_classes, class_view, held_out_confusion, probabilities, recipe
+from .learners import accuracy_on, as_view, check_classes, class_counts, class_view, held_out_confusion, probabilities, recipe
 from .linkage import average_linkage
 from .networks import NetworkSpec, mlp_spec, n_parameters, network_spec
 
@@ -131,10 +131,6 @@ def try_candidates(
 _recipe = recipe
 
 # %% ../nbs/60_selection.ipynb #54c2f5ae
-def class_counts(dls) -> np.ndarray: # (K,)
-    "Number of training images of each class."
-    return np.bincount(as_view(dls.train.dataset).targets.cpu().numpy(), minlength=len(dls.vocab))
-
 def make_trial(
     dls,              # DataLoaders over the classes of `h`
     h:ClassHierarchy, # clusters

@@ -6,7 +6,7 @@
 __all__ = ['WIDE', 'TrunkSpec', 'trunk_spec', 'wide_trunk', 'with_batch_norm', 'without_batch_norm', 'with_dropout',
            'changed_body', 'flat_network', 'FusedLinear', 'features_shape', 'FusedHeads', 'ClassLikelihood',
            'HierarchyHeads', 'TiedHeads', 'hierarchy_heads', 'trunk_body', 'SharedTrunk', 'shared_trunk', 'add_to_loss',
-           'Distilled', 'Balanced', 'training_counts', 'TrunkClassifier', 'multiplications', 're_estimate']
+           'Distilled', 'Balanced', 'TrunkClassifier', 'multiplications', 're_estimate']
 
 # %% ../nbs/55_trunk.ipynb #49f44519
 import hashlib, json
@@ -25,7 +25,7 @@ from .clustering import ClassHierarchy, cluster_classes
 from .families import Job, code_version, feature_dataloaders, network_key, save_weights, train
 from .hierarchical import HierarchicalClassifier
 from .inference import predict_in_batches
-from .learners import Normalization, Recipe, as_view, check_classes, held_out_confusion, input_shape, probabilities
+from .learners import Normalization, Recipe, check_classes, class_counts, held_out_confusion, input_shape, probabilities
 from .networks import Conv, NetworkSpec, Stage, n_parameters, network, network_spec, seeded
 
 # %% ../nbs/55_trunk.ipynb #0f3761fb
@@ -379,12 +379,6 @@ class Balanced(nn.Module):
         self.register_buffer('log_shares', (torch.as_tensor(counts)/sum(counts)).log())
     def forward(self, x): return self.net(x) + self.log_shares if self.training else self.net(x)
 
-def training_counts(
-    dls, # DataLoaders (a view)
-) -> list: # (K,)
-    "Number of training images of each class."
-    return torch.bincount(as_view(dls.train.dataset).targets.cpu(), minlength=len(dls.vocab)).tolist()
-
 # %% ../nbs/55_trunk.ipynb #1867e1ae
 class TrunkClassifier(HierarchicalClassifier):
     "A hierarchy classifier and experts that are heads on one trunk."
@@ -437,7 +431,7 @@ def _new_net(self:TrunkClassifier, shape): return shared_trunk(self.hierarchy, s
 @patch
 def _train(self:TrunkClassifier, net, dls, frozen, teachers, balanced, on_epoch):
     if frozen: return train(net.heads, feature_dataloaders(dls, net.body.eval()), self.recipe, self.seed, 'the heads on a frozen trunk', on_epoch)
-    form = Balanced(net, training_counts(dls)) if balanced else net
+    form = Balanced(net, class_counts(dls)) if balanced else net
     train(Distilled(form, teachers) if teachers else form, dls, self.recipe, self.seed, 'the shared trunk', on_epoch)
 
 def _prefixed(body): return {f'body.{k}': v for k, v in body.state_dict().items()}
