@@ -248,7 +248,7 @@ def _questions(routing, experts, batch):
 
 # %% ../nbs/35_memory.ipynb #3a51c047
 def family_memory(
-    family,              # a `ClassHierarchy`, or a classifier with .hierarchy, .router_spec, .expert_specs and .shape
+    family,              # a `ClassHierarchy`, or a classifier with .hierarchy, .router_spec, .expert_specs and .shape; ValueError if it has a `.cost()` of its own
     router=None,         # network of the hierarchy classifier, if `family` is a hierarchy: name or spec
     expert=None,         # network of the experts: name, spec, or a list with one for each cluster
     size=None,           # of the images: pixels, (H, W) or (C, H, W); None takes the classifier's
@@ -271,6 +271,7 @@ def family_memory(
 # %% ../nbs/35_memory.ipynb #3a51c048
 def _family(family, router, expert, size):
     "Hierarchy, router spec, expert specs and size, from a classifier or from the arguments."
+    if hasattr(family, 'cost'): raise ValueError(f"the parts of a {type(family).__name__} aren't networks that see the images, so this account would be wrong: use its .cost()")
     h = getattr(family, 'hierarchy', family)
     check_one_level(h, 'The account takes')
     router, expert = router or getattr(family, 'router_spec', None), expert or getattr(family, 'expert_specs', None)

@@ -21,12 +21,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
-from .clustering import ClassHierarchy, cluster_classes
+from .clustering import ClassHierarchy, check_one_level, cluster_classes
 from .families import Job, code_version, feature_dataloaders, network_key, save_weights, train
 from .hierarchical import HierarchicalClassifier
 from .inference import predict_in_batches
 from .learners import Normalization, Recipe, check_classes, class_counts, held_out_confusion, input_shape, probabilities
-from .networks import Conv, NetworkSpec, Stage, n_parameters, network, network_spec, seeded
+from .networks import Conv, NetworkSpec, Stage, _max_pool, evaluating, n_parameters, network, network_spec, seeded
 
 # %% ../nbs/55_trunk.ipynb #0f3761fb
 @dataclass(frozen=True)
@@ -93,7 +93,9 @@ def from_dict(cls:TrunkSpec,
     return cls(**{**d, **{k: NetworkSpec.from_dict(d[k]) for k in ('trunk', 'router', 'expert')}})
 
 # %% ../nbs/55_trunk.ipynb #a1ab2e1b
-def with_batch_norm(layers:nn.Sequential) -> nn.Sequential:
+def with_batch_norm(
+    layers:nn.Sequential, # named as those of `network`: conv1, relu1, ...
+) -> nn.Sequential:
     "The same layers with a batch normalisation after each convolution."
     new = OrderedDict()
     for name, layer in layers.named_children():
@@ -101,7 +103,9 @@ def with_batch_norm(layers:nn.Sequential) -> nn.Sequential:
         if isinstance(layer, nn.Conv2d): new[name.replace('conv', 'bn')] = nn.BatchNorm2d(layer.out_channels)
     return nn.Sequential(new)
 
-def without_batch_norm(layers:nn.Sequential) -> nn.Sequential:
+def without_batch_norm(
+    layers:nn.Sequential, # trained
+) -> nn.Sequential:       # in eval mode
     "The same layers for prediction, with each batch normalisation made part of the convolution before it."
     new = OrderedDict()
     for name, layer in layers.named_children():
@@ -109,7 +113,10 @@ def without_batch_norm(layers:nn.Sequential) -> nn.Sequential:
         else: new[last := name] = without_batch_norm(layer) if type(layer) is nn.Sequential else layer
     return nn.Sequential(new).eval()
 
-def with_dropout(layers:nn.Sequential, p:float) -> nn.Sequential:
+def with_dropout(
+    layers:nn.Sequential, # named as those of `network`: conv1, relu1, pool1, ...
+    p:float,              # share of activations dropped, in training
+) -> nn.Sequential:
     "The same layers with dropout after each pooling."
     new = OrderedDict()
     for name, layer in layers.named_children():
@@ -118,7 +125,11 @@ def with_dropout(layers:nn.Sequential, p:float) -> nn.Sequential:
     return nn.Sequential(new)
 
 # %% ../nbs/55_trunk.ipynb #8e971feb
-def changed_body(body, batch_norm, drop):
+def changed_body(
+    body:nn.Sequential, # `body` of a `network`
+    batch_norm:bool,    # batch normalisation after each convolution?
+    drop:float,         # dropped after each pooling, in training; 0 for no dropout
+) -> nn.Sequential:
     "The convolutions of a network, with batch normalisation and dropout if wanted."
     if batch_norm: body = with_batch_norm(body)
     return with_dropout(body, drop) if drop else body
@@ -130,7 +141,7 @@ def flat_network(
     batch_norm:bool=False, # batch normalisation after each convolution?
     drop:float=0.,         # dropped after each pooling, in training
     seed:int=0,            # of the weights
-) -> nn.Module:            # takes images (N, 3, H, W), returns logits (N, n_classes)
+) -> nn.Module:            # takes images (N, channels, H, W), returns logits (N, n_classes)
     "A flat network with the same two changes that a trunk may have."
     net = network(name, n_classes, tuple(shape[1:]), seed=seed, channels=shape[0])
     return nn.Sequential(OrderedDict(body=changed_body(net.body, batch_norm, drop), head=net.head)).to(memory_format=torch.channels_last)
@@ -170,10 +181,7 @@ def features_shape(
     shape, # of one input
 ) -> tuple:
     "Shape of what `body` makes of one input."
-    was, body = body.training, body.eval()
-    made = tuple(body(torch.zeros(1, *shape)).shape[1:])
-    body.train(was)
-    return made
+    with evaluating(body): return tuple(body(torch.zeros(1, *shape)).shape[1:])
 
 class FusedHeads(nn.Module):
     "`n` networks of one spec on the same features, with outputs of their own: (N, ...) to logits (n, N, largest size)."
@@ -207,7 +215,7 @@ def _private_layers(spec, shape, n, batch_norm):
             if batch_norm: yield f'bn{i}', nn.BatchNorm2d(n*c.filters)
             yield f'relu{i}', nn.ReLU()
             channels, groups = n*c.filters, n
-        if stage.pool: yield f'pool{i}', nn.MaxPool2d(stage.window, stride=2, ceil_mode=stage.window == 3)
+        if stage.pool: yield f'pool{i}', _max_pool(stage.window)
 
 # %% ../nbs/55_trunk.ipynb #6d0414e9
 @patch
@@ -306,14 +314,14 @@ def trunk_body(
     spec:TrunkSpec,
     shape, # (channels, H, W) of the images
 ) -> nn.Sequential:
-    "A new trunk: images (N, 3, H, W) to features, flat unless the heads begin with convolutions."
+    "A new trunk: images (N, channels, H, W) to features, flat unless the heads begin with convolutions."
     net = network(spec.trunk, 1, tuple(shape[1:]), channels=shape[0])
     body = nn.Sequential(OrderedDict(body=changed_body(net.body, spec.batch_norm, spec.drop)))
     if not (spec.router.stages or spec.expert.stages): body.add_module('shared', net.head[:-1])
     return body
 
 class SharedTrunk(nn.Module):
-    "Trunk and heads: images (N, 3, H, W) to log-probabilities of all classes (N, K)."
+    "Trunk and heads: images (N, channels, H, W) to log-probabilities of all classes (N, K)."
     def __init__(self, body:nn.Module, heads:nn.Module):
         super().__init__()
         self.body, self.heads = body, heads
@@ -384,11 +392,12 @@ class TrunkClassifier(HierarchicalClassifier):
     "A hierarchy classifier and experts that are heads on one trunk."
     _format = 'hdfast.TrunkClassifier.1'
     def __init__(self,
-        hierarchy:ClassHierarchy, # which classes form which cluster
+        hierarchy:ClassHierarchy, # which classes form which cluster; ValueError if it has more than one level
         spec:TrunkSpec=None,      # what trunk and heads are; default `trunk_spec()`
         recipe='paper',           # how to train: a name in `RECIPES` or a `Recipe`
         seed:int=0,               # of all weights and batches
     ):
+        check_one_level(hierarchy, f'{type(self).__name__} takes')
         self.spec = trunk_spec() if spec is None else spec
         super().__init__(hierarchy, self.spec.router, self.spec.expert, recipe, seed)
         self.net = None
@@ -523,7 +532,7 @@ def cost(self:TrunkClassifier,
 
 # %% ../nbs/55_trunk.ipynb #c2ec9baf
 def re_estimate(
-    model:TrunkClassifier, # trained
+    model:TrunkClassifier, # trained; it is moved to the device of `dls`
     dls,                   # DataLoaders with a held-out slice in dls.valid
     cache=None,            # folder of networks trained before
 ) -> TrunkClassifier:

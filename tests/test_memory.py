@@ -304,6 +304,13 @@ def test_a_classifier_brings_its_own_networks(dls, taxonomy):
     assert m.param_mb['stored', 'separate'] == pytest.approx(stored)
 
 
+def test_a_classifier_that_accounts_for_itself_is_sent_there():
+    class Shared:
+        hierarchy, router_spec, expert_specs, shape = family(3, 2), mlp_spec(6), [mlp_spec(5)]*2, (3, 16, 16)
+        def cost(self): return {}
+    with pytest.raises(ValueError, match=r'the parts of a Shared .* use its \.cost\(\)'): family_memory(Shared())
+
+
 @pytest.mark.parametrize('kw, says', [(dict(router='CNN_2', expert='CNN_3'), 'give size'), (dict(router='CNN_2', expert=['CNN_3'], size=32), '1 expert networks for 2 clusters'),
                                       (dict(router='CNN_2', expert='CNN_3', size=32, routing=[1, -1]), 'routing must be 2 shares')])
 def test_family_errors(kw, says):

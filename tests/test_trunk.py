@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from hdfast.clustering import ClassHierarchy
+from hdfast.clustering import ClassHierarchy, hierarchy_from_groups
 from hdfast.hierarchical import HierarchicalClassifier, combine
 from hdfast.learners import probabilities, recipe
 from hdfast.networks import Conv, NetworkSpec, Stage
-from hdfast.trunk import (WIDE, ClassLikelihood, FusedHeads, TrunkClassifier, TrunkSpec, flat_network, multiplications, re_estimate,
+from hdfast.memory import family_memory
+from hdfast.trunk import (WIDE, ClassLikelihood, FusedHeads, TrunkClassifier, TrunkSpec, features_shape, flat_network, multiplications, re_estimate,
                           shared_trunk, trunk_spec, wide_trunk)
 
 net_spec = NetworkSpec('little', [Stage([Conv(3, 8)]), Stage([Conv(3, 8)])])
@@ -272,6 +273,23 @@ def test_fit_refuses_what_it_would_ignore(dls, taxonomy):
     with pytest.raises(ValueError, match='must have learned before: give start'): TrunkClassifier(taxonomy, spec, how).fit(dls, frozen=True)
     with pytest.raises(ValueError, match='not its shared layers'):
         TrunkClassifier(taxonomy, trunk_spec(net_spec, shared=(8,)), how).fit(dls, start=flat)
+
+
+def test_further_levels_are_refused(taxonomy):
+    inner = hierarchy_from_groups([0, 0, 1], [taxonomy.classes[i] for i in taxonomy.clusters[0]])
+    with pytest.raises(ValueError, match='TrunkClassifier takes a hierarchy of one level.*within cluster 0'):
+        TrunkClassifier(replace(taxonomy, children=(inner, None, None)), spec, how)
+
+
+def test_the_account_of_separate_networks_sends_to_cost(taxonomy):
+    with pytest.raises(ValueError, match=r'TrunkClassifier.*use its \.cost\(\)'): family_memory(TrunkClassifier(taxonomy, spec, how), size=16)
+
+
+def test_asking_for_the_shape_leaves_every_layer_as_it_was():
+    body = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4).eval()).train()
+    body[1].eval() # frozen
+    assert features_shape(body, (3, 8, 8)) == (4, 6, 6)
+    assert body.training and body[0].training and not body[1].training
 
 
 def test_flat_network_takes_the_same_changes(dls):
