@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['schedule', 'train', 'can_be_recorded', 'Job', 'save_weights', 'code_version', 'network_key', 'cached_file',
-           'fit_networks', 'bar_over', 'fit_network', 'features', 'feature_dataloaders']
+           'fit_networks', 'bar_over', 'fit_network', 'features', 'check_features', 'feature_dataloaders']
 
 # %% ../nbs/45_families.ipynb #5f0a1c04
 import ast, hashlib, json, os
@@ -518,14 +518,20 @@ def _features_source(view, normalize, body):
     return source.hexdigest()
 
 # %% ../nbs/45_families.ipynb #5f0a1c23
+def check_features(
+    dls, # DataLoaders
+):
+    "Raise a ValueError unless `feature_dataloaders` takes `dls`."
+    if not isinstance(dls.train.dataset, ImageView): raise ValueError("features are kept for an ImageSet's own DataLoaders only: make them with ImageSet.dataloaders")
+    if dls.train.augment: raise ValueError("features can't be augmented: make the DataLoaders without augment")
+
 def feature_dataloaders(
     dls,  # DataLoaders over an ImageSet, or a view of one
     body, # a module from their inputs to features; it is used as it is and not trained
 ):        # DataLoaders of the same samples with features for inputs
     "The outputs of a frozen `body` in place of the images, computed once for all samples."
+    check_features(dls)
     view = dls.train.dataset
-    if not isinstance(view, ImageView): raise ValueError("features are kept for an ImageSet's own DataLoaders only: make them with ImageSet.dataloaders")
-    if dls.train.augment: raise ValueError("features can't be augmented: make the DataLoaders without augment")
     values = features(body.to(dls.device), view.images, dls.train.inputs)
     source = view.source and _features_source(view, dls.train.normalize, body)
     over = lambda v: ImageView(values, v.index, v.targets, list(v.vocab), source)

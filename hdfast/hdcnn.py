@@ -11,19 +11,21 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .clustering import ClassHierarchy
-from .families import feature_dataloaders, train
+from .families import check_features, feature_dataloaders, train
 from .learners import class_counts
 from .networks import seeded
-from .trunk import FusedHeads, HierarchyHeads, SharedTrunk, TrunkClassifier, add_to_loss, features_shape, trunk_body
+from .trunk import FusedHeads, HierarchyHeads, SharedTrunk, TrunkClassifier, TrunkSpec, add_to_loss, features_shape, trunk_body
 
 # %% ../nbs/56_hdcnn.ipynb #05f83833
 class CoarseComponent(nn.Module):
     "A network over all classes whose probabilities are added up by cluster: features to (1, N, n) log-probabilities."
-    def __init__(self, h:ClassHierarchy, network:FusedHeads):
+    def __init__(self,
+        h:ClassHierarchy,
+        network:FusedHeads, # one network over all classes
+    ):
         super().__init__()
-        self.network, holds = network, torch.zeros(h.n_classes, h.n_clusters)
-        for q, members in enumerate(h.clusters): holds[list(members), q] = 1
-        self.register_buffer('holds', holds, persistent=False)
+        self.network = network
+        self.register_buffer('holds', torch.tensor(h.holds.T, dtype=torch.float), persistent=False)
     def forward(self, f):
         sums = self.network(f).softmax(2) @ self.holds
         return (sums/sums.sum(2, keepdim=True)).clamp_min(1e-30).log()
@@ -31,12 +33,22 @@ class CoarseComponent(nn.Module):
 # %% ../nbs/56_hdcnn.ipynb #0f447b3a
 class HDCNNHeads(HierarchyHeads):
     "Coarse and fine components, with the consistency term in training."
-    def __init__(self, h, coarse, fine, counts=None, weight=20.):
+    def __init__(self,
+        h:ClassHierarchy,
+        coarse:CoarseComponent,
+        fine:FusedHeads, # a fine component for each cluster
+        counts=None,     # training images of each class, (K,); None: all the same
+        weight=20.,      # lambda, of the consistency term
+    ):
         super().__init__(h, coarse, fine)
         self.weight = weight
-        holds = coarse.holds
-        counts = holds.sum(0) if counts is None else torch.as_tensor(counts, dtype=holds.dtype) @ holds
-        self.register_buffer('shares', counts/counts.sum())
+        self.register_buffer('shares', torch.zeros(h.n_clusters))
+        self.count([1]*h.n_classes if counts is None else counts)
+    def count(self, counts):
+        "Set the clusters' shares `t` from the training images of each class, (K,)."
+        holds = self.router.holds
+        sums = torch.as_tensor(counts, dtype=holds.dtype, device=holds.device) @ holds
+        self.shares.copy_(sums/sums.sum())
     def inconsistency(self, log_p): return self.weight/2*(self.shares - log_p.exp().mean(0)).square().sum()
     def forward(self, f):
         log_p = self.log_p(f)
@@ -80,7 +92,21 @@ class BuildingBlock(nn.Module):
 class HDCNN(TrunkClassifier):
     "Shared layers, a coarse component and fine components, averaged by probability (Yan et al., 2015)."
     _format = 'hdfast.HDCNN.1'
-    counts = None # training images of each class
+    def __init__(self,
+        hierarchy:ClassHierarchy, # which classes form which cluster
+        spec:TrunkSpec,           # with the same layers for router and experts, neither tied nor paced; ValueError if not
+        recipe='paper',           # how to train: a name in `RECIPES` or a `Recipe`
+        seed:int=0,               # of all weights and batches
+    ):
+        _check_spec(spec)
+        super().__init__(hierarchy, spec, recipe, seed)
+
+def _check_spec(spec):
+    "Raise a ValueError if HD-CNN would have to ignore something in `spec`, or couldn't copy its networks."
+    if spec.tied or spec.pace != 1: raise ValueError("the heads of HD-CNN are neither tied nor paced: leave tied and pace out of the spec")
+    layers = lambda s: (s.stages, s.fc, s.dropout)
+    if layers(spec.router) != layers(spec.expert):
+        raise ValueError("each fine component starts as a copy of the coarse one: give router and expert of the spec the same layers")
 
 @patch
 def _new_net(self:HDCNN, shape):
@@ -90,22 +116,23 @@ def _new_net(self:HDCNN, shape):
         at = features_shape(body, shape)
         coarse = CoarseComponent(h, FusedHeads(spec.router, at, [h.n_classes], spec.batch_norm))
         fine = FusedHeads(spec.expert, at, list(map(len, h.clusters)), spec.batch_norm)
-        return SharedTrunk(body, HDCNNHeads(h, coarse, fine, self.counts)).to(memory_format=torch.channels_last)
+        return SharedTrunk(body, HDCNNHeads(h, coarse, fine)).to(memory_format=torch.channels_last)
 
 @patch
 def fit(self:HDCNN,
-    dls,                # DataLoaders over the hierarchy's classes
+    dls,                # DataLoaders over the hierarchy's classes, without augmentation
     cache=None,         # folder of networks trained before
     on_epoch=None,      # called with the epoch's number, from 0 in each step, and its last loss
 ) -> HDCNN:
     "Train in three steps: building block, fine components, everything."
-    self.counts = class_counts(dls)
+    check_features(dls)
     return TrunkClassifier.fit(self, dls, cache, on_epoch)
 
 @patch
 def _train(self:HDCNN, net, dls, frozen, teachers, balanced, on_epoch):
     how, seed, heads = self.recipe, self.seed, net.heads
     shorter = lambda n, lr=how.lr: replace(how, epochs=max(1, how.epochs//n), lr=lr)
+    heads.count(class_counts(dls))
     train(BuildingBlock(net), dls, how, seed, 'the building block', on_epoch)
     copy_into(heads.experts, heads.router.network, self.hierarchy.clusters)
     train(FineAlone(heads), feature_dataloaders(dls, net.body.eval()), shorter(2), seed + 1, 'the fine components', on_epoch)

@@ -1,12 +1,14 @@
 "HD-CNN: the average, the coarse sums, the consistency term and the copies, against plain sums."
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from hdfast.clustering import ClassHierarchy
+from hdfast.clustering import ClassHierarchy, hierarchy_from_groups
 from hdfast.hdcnn import HDCNN, BuildingBlock, CoarseComponent, FineAlone, HDCNNHeads, copy_into
-from hdfast.learners import recipe
+from hdfast.learners import crop_flip, recipe
 from hdfast.networks import Conv, NetworkSpec, Stage
 from hdfast.trunk import Balanced, Distilled, FusedHeads, add_to_loss, trunk_spec
 
@@ -62,6 +64,31 @@ def test_fine_components_learn_alone_from_their_own_images(taxonomy):
     F.cross_entropy(FineAlone(heads)(f), torch.tensor([0, 1])).backward() # both of the first cluster
     assert heads.experts.out.weight.grad[0].abs().sum() > 0 and heads.experts.out.weight.grad[1:].abs().max() < 1e-6
     assert heads.router.network.out.weight.grad is None
+
+
+@pytest.mark.parametrize('changes, says', [(dict(tied=True, router=replace(spec.router, stages=()), expert=replace(spec.expert, stages=())), 'neither tied nor paced'),
+                                           (dict(pace=2.), 'neither tied nor paced'), (dict(expert=replace(spec.expert, fc=(4,))), 'the same layers')])
+def test_specs_that_would_be_ignored_or_fail_later_are_refused(taxonomy, changes, says):
+    with pytest.raises(ValueError, match=says): HDCNN(taxonomy, replace(spec, **changes), how)
+
+
+def test_further_levels_are_refused(taxonomy):
+    inner = hierarchy_from_groups([0, 0, 1], [taxonomy.classes[i] for i in taxonomy.clusters[0]])
+    with pytest.raises(ValueError, match='HDCNN takes a hierarchy of one level'): HDCNN(replace(taxonomy, children=(inner, None, None)), spec, how)
+
+
+def test_augmented_images_are_refused_before_anything_is_trained(images, taxonomy):
+    told, augmented = [], images.dataloaders(device='cpu', bs=32, augment=crop_flip)
+    with pytest.raises(ValueError, match="features can't be augmented"): HDCNN(taxonomy, spec, how).fit(augmented, on_epoch=lambda *a: told.append(a))
+    assert not told
+
+
+def test_shares_are_those_of_the_training_images_and_are_saved(dls, h, tmp_path):
+    model = HDCNN(h, spec, how).fit(dls)
+    n = torch.bincount(dls.train.dataset.targets, minlength=9)
+    counts = torch.tensor([float(sum(n[list(q)])) for q in h.clusters])
+    assert torch.allclose(model.net.heads.shares, counts/counts.sum())
+    assert torch.equal(HDCNN.load(model.save(tmp_path/'m')).net.heads.shares, model.net.heads.shares)
 
 
 def test_trains_predicts_saves_and_loads(dls, h, images, tmp_path):
