@@ -863,7 +863,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'hdfast.trust.Temperatures': ('trust.html#temperatures', 'hdfast/trust.py'),
                               'hdfast.trust.Temperatures.__post_init__': ('trust.html#temperatures.__post_init__', 'hdfast/trust.py'),
                               'hdfast.trust._by_confidence': ('trust.html#_by_confidence', 'hdfast/trust.py'),
-                              'hdfast.trust._holds': ('trust.html#_holds', 'hdfast/trust.py'),
                               'hdfast.trust._line': ('trust.html#_line', 'hdfast/trust.py'),
                               'hdfast.trust._lowest': ('trust.html#_lowest', 'hdfast/trust.py'),
                               'hdfast.trust._mean_nll': ('trust.html#_mean_nll', 'hdfast/trust.py'),

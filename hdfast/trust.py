@@ -230,18 +230,12 @@ def _state(self:CalibratedClassifier): return self.model._state()
 def _load_state(self:CalibratedClassifier, state): self.model._load_state(state)
 
 # %% ../nbs/57_trust.ipynb #57a00042
-def _holds(h):
-    "Which cluster holds which class, (n, K)."
-    holds = np.zeros((h.n_clusters, h.n_classes), dtype=bool)
-    for q, members in enumerate(h.clusters): holds[q, list(members)] = True
-    return holds
-
 def cluster_sums(
     probs,            # (N, K) class probabilities, such as a flat net's
     h:ClassHierarchy,
 ) -> np.ndarray:      # (N, n): probability that the cluster holds the class
     "Class probabilities added up by cluster."
-    return probs @ _holds(h).T.astype(probs.dtype)
+    return probs @ h.holds.T.astype(probs.dtype)
 
 def stop_at_cluster(
     P,                # (N, K) confidence of each class: `Opinions.joint`, or a flat net's probabilities
@@ -273,9 +267,10 @@ def stop_curve(
     "Coverage, accuracy and information of answers that stop at the cluster."
     P, p = np.asarray(P), np.asarray(p)
     confidence, cluster = P.max(1), p.argmax(1)
+    right, held = P.argmax(1) == y, h.holds[cluster, y]
     worth = 1 - np.log([len(q) for q in h.clusters])[cluster]/np.log(max(2, h.n_classes))
     if thresholds is None: thresholds = [np.inf, *np.quantile(confidence, np.linspace(1, 0, 101), method='lower')]
-    return pd.DataFrame([_line(t, confidence, P.argmax(1) == y, _holds(h)[cluster, y], worth) for t in thresholds])
+    return pd.DataFrame([_line(t, confidence, right, held, worth) for t in thresholds])
 
 # %% ../nbs/57_trust.ipynb #57a00049
 def _by_confidence(probs, y):

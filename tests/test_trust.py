@@ -283,6 +283,15 @@ def test_curve_by_hand():
     assert np.allclose(c.information, [(two + three + three)/4, (1 + three)/4, .75])
 
 
+def test_the_curve_asks_once_who_holds_which_class(monkeypatch):
+    asked, holds = [], ClassHierarchy.holds.fget
+    monkeypatch.setattr(ClassHierarchy, 'holds', property(lambda h: asked.append(h) or holds(h)))
+    p = cluster_sums(five, toy)
+    asked.clear()
+    stop_curve(five, p, np.array([0, 2, 0, 3]), toy)
+    assert len(asked) == 1
+
+
 def test_usual_thresholds_go_from_no_class_to_all():
     probs = random_probs(0)
     c = stop_curve(probs, cluster_sums(probs, toy), np.zeros(200, dtype=int), toy)
