@@ -203,7 +203,7 @@ def summary_lines(
         found = [n for n in item.experiments if (Path(out)/f'{n}.json').exists()]
         for n in found: lines += lines_of(item, n, out)
         missing = ', '.join(n for n in item.experiments if n not in found)
-        if missing: lines.append(dict(item=item.name, experiment=missing, number=item.what, verdict=_absent(item)))
+        if missing: lines.append(dict(item=item.name, experiment=missing, number=item.what, verdict='not run yet' if found else _absent(item)))
     columns = ['item', 'experiment', 'number', 'ours', 'sd', 'n', 'paper', 'verdict', 'protocol', 'profile', 'device', 'commit']
     return pd.DataFrame(lines).reindex(columns=columns)
 

@@ -85,6 +85,8 @@ def test_imagenet_transfer(run):
     paper = pd.read_csv(out/'transfer_imagenet100.csv').set_index('model').paper
     assert paper.dropna().to_dict() == {'flat CNN_TL_5 initialisation': 55.32, 'CNN_TL_5 extractor': 50.27, 'adaptive transfer': 56.06}
     lines = summary_lines(out).query("item == 'Table 11'")
+    left, lines = (lines[lines.experiment.eq('transfer_imagenet200') == which] for which in (True, False))
+    assert left.verdict.tolist() == ['not run yet']
     assert lines.verdict.eq('the paper has all 1,000 classes').all() and lines.protocol.str.contains('40 of 224 pixels').all()
 
 

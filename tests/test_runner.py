@@ -364,10 +364,14 @@ def test_kill_9_at_ten_moments_then_the_same_numbers(pages, tmp_path):
     for f in ('page.csv', 'page.json'): assert (tmp_path/'out'/f).read_bytes() == (tmp_path/'whole'/f).read_bytes()
 
 
-def test_pictures_of_another_experiment_are_left_out(tmp_path):
+PAGES = runner.pages_folder
+
+def test_pictures_of_another_experiment_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, 'EXPERIMENTS', EXPERIMENTS)
     for name in ('cnn_cifar100.json', 'cnn_cifar100_dendrogram.svg', 'cnn_cifar100.svg', 'cnn_cifar100_overlap.svg', 'cnn_cifar100_overlap_confusion.svg', 'cnn_cifar1000.svg'): (tmp_path/name).touch()
     assert [f.name for f in runner._files_of(tmp_path/'cnn_cifar100.json')] == ['cnn_cifar100.json', 'cnn_cifar100.svg', 'cnn_cifar100_dendrogram.svg']
 
 
-def test_tasks_take_a_folder_as_text(tmp_path):
+def test_tasks_take_a_folder_as_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, 'pages_folder', PAGES)
     assert tasks_of(EXPERIMENTS['memory'], 'smoke', str(tmp_path))[0].parameters['out'] == str(tmp_path)
