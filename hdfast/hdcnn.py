@@ -108,6 +108,7 @@ def _check_spec(spec):
     if layers(spec.router) != layers(spec.expert):
         raise ValueError("each fine component starts as a copy of the coarse one: give router and expert of the spec the same layers")
 
+# %% ../nbs/56_hdcnn.ipynb #56ab0102
 @patch
 def _new_net(self:HDCNN, shape):
     h, spec = self.hierarchy, self.spec

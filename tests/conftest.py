@@ -3,12 +3,12 @@ import os
 os.environ.setdefault('MPLBACKEND', 'Agg')
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 from hdfast.clustering import hierarchy_from_groups
 from hdfast.datasets import synthetic
 
-settings.register_profile('hdfast', max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile('hdfast', max_examples=50, deadline=None)
 settings.load_profile('hdfast')
 
 
