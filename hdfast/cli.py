@@ -233,17 +233,17 @@ class _Apart:
 @dataclass(frozen=True)
 class _OneTrunk:
     "Router and experts as heads on the convolutions of one network."
-    trunk:str # name of a network, or 'wide'
+    trunk:str # name of a network, or one of `TRUNKS`
     recipe = 'one_cycle'
     @property
     def spec(self):
-        from hdfast.trunk import trunk_spec, wide_trunk
-        return wide_trunk() if self.trunk == 'wide' else trunk_spec(self.trunk, router=(), tied=True)
+        from hdfast.trunk import TRUNKS, trunk_spec, wide_trunk
+        return wide_trunk(name=TRUNKS[self.trunk]) if self.trunk in TRUNKS else trunk_spec(self.trunk, router=(), tied=True)
     @property
     def networks(self):
         from hdfast.networks import network_spec
-        from hdfast.trunk import WIDE
-        return {'trunk': WIDE if self.trunk == 'wide' else network_spec(self.trunk)}
+        from hdfast.trunk import TRUNKS
+        return {'trunk': TRUNKS.get(self.trunk) or network_spec(self.trunk)}
     def said(self, n): return f'router and {n} experts on the convolutions of {self.trunk}'
     def fit(self, dls, h, how, seed, cache):
         from hdfast.trunk import TrunkClassifier
@@ -276,7 +276,7 @@ def decompose(
     recipe:str=None,      # how networks are trained: paper (SGD, 40 epochs) or one_cycle (Adam, 24 epochs) (default: one_cycle; with --router or --expert paper)
     epochs:int=None,      # passes over the training images, if not the recipe's
     flat:str='CNN_1',     # the flat network: CNN_1 to CNN_5, CNN_TL_1 to CNN_TL_5, or an MLP such as MLP_200_150
-    trunk:str=None,       # the network whose convolutions router and experts share (default: wide, one made for it)
+    trunk:str=None,       # the network whose convolutions router and experts share (default: wide, which is made for it; slim is quicker, and a little less accurate)
     router:str=None,      # in place of a trunk, as in the paper: a network of its own that picks a cluster (default if only --expert is given: CNN_2)
     expert:str=None,      # and networks of their own that decide within a cluster (default if only --router is given: CNN_3)
     seed:int=0,           # of everything random

@@ -219,7 +219,7 @@ def test_predict_takes_the_model_too_and_files_and_folders(family, image_folder,
     assert capsys.readouterr().out.startswith(f"{one}: {first['class']} {first['probability']:.1%} (cluster {first['cluster']}), ")
 
 
-@pytest.mark.parametrize('trunk', ['CNN_2', 'wide'])
+@pytest.mark.parametrize('trunk', ['CNN_2', 'wide', 'slim'])
 def test_router_and_experts_on_one_trunk(trunk, image_folder, tmp_path, capsys):
     out, settings = tmp_path/'family', ['--flat', 'MLP_30', '--trunk', trunk, '--size', 16, '--clusters', 3, '--epochs', 1, '--device', 'cpu']
     assert main(['decompose', image_folder, '--out', out, *settings]) == 0

@@ -14,7 +14,7 @@ from hdfast.hierarchical import HierarchicalClassifier, combine
 from hdfast.learners import probabilities, recipe
 from hdfast.networks import Conv, NetworkSpec, Stage
 from hdfast.memory import family_memory
-from hdfast.trunk import (WIDE, ClassLikelihood, FusedHeads, TrunkClassifier, TrunkSpec, features_shape, flat_network, multiplications, re_estimate,
+from hdfast.trunk import (SLIM, TRUNKS, WIDE, ClassLikelihood, FusedHeads, TrunkClassifier, TrunkSpec, features_shape, flat_network, multiplications, re_estimate,
                           shared_trunk, trunk_spec, wide_trunk)
 
 net_spec = NetworkSpec('little', [Stage([Conv(3, 8)]), Stage([Conv(3, 8)])])
@@ -246,6 +246,14 @@ def test_predictions_with_folded_batch_normalisation_are_those_of_the_network(dl
 def test_the_wide_trunk_can_be_changed():
     assert wide_trunk().trunk.stages == WIDE.stages and wide_trunk().batch_norm
     assert wide_trunk(batch_norm=False, tied=False, expert=(8,)) == trunk_spec(WIDE, shared=(256,), router=(), expert=(8,), drop=.15)
+    assert TRUNKS == {'wide': WIDE, 'slim': SLIM}
+
+
+def test_the_slim_trunk_has_fewer_filters_on_the_large_map_and_the_same_elsewhere():
+    wide, slim = WIDE.stages, wide_trunk(name=SLIM).trunk.stages
+    assert slim[0].convs[0].filters < wide[0].convs[0].filters and slim[1:] == wide[1:]
+    wide, slim = (multiplications(flat_network(spec, 10, (3, 32, 32)), torch.zeros(1, 3, 32, 32)) for spec in (WIDE, SLIM))
+    assert wide - slim == 8*32*32*27 + 8*32*16*16*9 # its own, and those of the layer that reads them
 
 
 def test_one_cluster_and_clusters_of_one_class(dls, taxonomy, images):
