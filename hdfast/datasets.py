@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TRAIN', 'HELD_OUT', 'TEST', 'SPLITS', 'IMAGE_SETS', 'ImageSet', 'hold_out', 'stratified_split', 'fold',
-           'cross_validation', 'synthetic', 'cache_dir', 'decode_image', 'decode', 'image_folder', 'cifar100',
-           'caltech101', 'caltech256', 'imagenet', 'imagenet100', 'imagenet200', 'image_set']
+           'cross_validation', 'synthetic', 'cache_dir', 'decode_image', 'atomically', 'decode', 'image_folder',
+           'cifar100', 'caltech101', 'caltech256', 'imagenet', 'imagenet100', 'imagenet200', 'image_set']
 
 # %% ../nbs/00_datasets.ipynb #75114667
 import json, os, tempfile, warnings, zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from hashlib import blake2b
@@ -349,13 +350,20 @@ def _cache_key(files, size):
         h.update(os.fsencode(f'{f[root:]}\0{st.st_size}\0{st.st_mtime_ns}\n'))
     return h.hexdigest()
 
-# %% ../nbs/00_datasets.ipynb #a49349b6
-def _write_json(path, obj):
-    "Write `obj` aside, then rename"
-    aside = path.with_name(f'{path.name}.{os.getpid()}.aside')
-    aside.write_text(json.dumps(obj))
-    os.replace(aside, path)
+# %% ../nbs/00_datasets.ipynb #a4934900
+@contextmanager
+def atomically(
+    file # a path, as text or `Path`; its folder is there
+):
+    "A path beside `file` to write to; it takes the place of `file` at the end, or goes if the writing failed."
+    file = Path(file)
+    part = file.with_name(f'.{file.name}.{os.getpid()}')
+    try:
+        yield part
+        os.replace(part, file)
+    finally: part.unlink(missing_ok=True)
 
+# %% ../nbs/00_datasets.ipynb #a49349b6
 def _progress(part, state, row):
     "How many images an earlier, unfinished decode left in `part` (`row` bytes each), and which of those are corrupt"
     if not (part.exists() and state.exists()): return 0, []
@@ -381,7 +389,7 @@ def _decode_all(files, size, npy, state, block=256):
             f.write(x.data)
             f.flush()
             corrupt += [i + j for j in bad]
-            _write_json(state, dict(done=i + len(x), corrupt=corrupt))
+            with atomically(state) as aside: aside.write_text(json.dumps(dict(done=i + len(x), corrupt=corrupt)))
         os.fsync(f.fileno())
     os.replace(part, npy)
 
@@ -614,7 +622,7 @@ def _drawn_classes(folder, n, seed):
     if len(names) < n: raise ValueError(f'{folder} has {len(names)} classes, too few to draw {n} from')
     drawn = sorted(names[i] for i in _rng(seed, 'imagenet').permutation(len(names))[:n])
     record.parent.mkdir(parents=True, exist_ok=True)
-    _write_json(record, dict(seed=seed, drawn_from=len(names), classes=drawn))
+    with atomically(record) as part: part.write_text(json.dumps(dict(seed=seed, drawn_from=len(names), classes=drawn)))
     return drawn
 
 # %% ../nbs/00_datasets.ipynb #a96651a8

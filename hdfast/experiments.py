@@ -17,7 +17,7 @@ import pandas as pd
 from fastai.torch_core import default_device
 from matplotlib import pyplot as plt
 from .clustering import cluster_into
-from .datasets import image_set
+from .datasets import atomically, image_set
 from .hierarchical import HierarchicalClassifier
 from .families import fit_network
 from .inference import keep_memory
@@ -185,11 +185,7 @@ def paper_table(
 # %% ../nbs/80_experiments.ipynb #478a8848
 def write_aside(file, text):
     "Write `text` to `file`, which is whole or as before at any moment."
-    part = Path(file).with_name(f'.{Path(file).name}.{os.getpid()}')
-    try:
-        part.write_text(text, encoding='utf-8')
-        os.replace(part, file)
-    finally: part.unlink(missing_ok=True) # there only if the disk is full
+    with atomically(file) as part: part.write_text(text, encoding='utf-8')
 
 def save_result(
     out,                # folder

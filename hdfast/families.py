@@ -7,7 +7,7 @@ __all__ = ['schedule', 'train', 'can_be_recorded', 'Job', 'save_weights', 'code_
            'fit_networks', 'bar_over', 'fit_network', 'features', 'check_features', 'feature_dataloaders']
 
 # %% ../nbs/45_families.ipynb #5f0a1c04
-import ast, hashlib, json, os
+import ast, hashlib, json
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from . import networks
+from .datasets import atomically
 from .inference import predict_in_batches
 from .learners import ImageDL, ImageView, Recipe, ViewDataLoaders, build_network, check_predictions, computed_in, diverged, input_shape
 from .learners import torch_optimizers, training_loader
@@ -121,11 +122,7 @@ def save_weights(
     "Write the weights of `net` aside and rename, so that `file` is whole or absent."
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f'.{file.name}.{os.getpid()}')
-    try:
-        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, part)
-        os.replace(part, file)
-    finally: part.unlink(missing_ok=True)
+    with atomically(file) as part: save_file({k: v.contiguous() for k, v in net.state_dict().items()}, part)
 
 # %% ../nbs/45_families.ipynb #5f0a1c16
 _parsing = Lock() # CPython 3.11 can fail where two threads make syntax trees at once

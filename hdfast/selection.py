@@ -463,19 +463,18 @@ def chosen_specs(
 
 # %% ../nbs/60_selection.ipynb #7d119c00
 def _parts(jobs, n):
-    "`jobs` dealt out to `n` lists or fewer."
-    return [jobs[i::n] for i in range(min(n, len(jobs)))]
+    "The numbers of `jobs` dealt out to `n` parts or fewer."
+    return [range(i, len(jobs), n) for i in range(min(n, len(jobs)))]
 
-def _fill(jobs, recipe, cache):
-    "Train `jobs` into the cache, on one thread."
+def _fill(jobs, which, recipe, cache):
+    "Train some of `jobs`, by number, into the cache, on one thread."
     torch.set_num_threads(1)
-    fit_networks(jobs, recipe, cache)
-    return len(jobs)
+    fit_networks([jobs[i] for i in which], recipe, cache)
+    return len(which)
 
 def _fill_from(file, which, recipe, cache):
-    "Train some of the jobs in a file, whose images are mapped into memory and shared with other processes."
-    jobs = torch.load(file, mmap=True, weights_only=False)
-    return _fill([jobs[i] for i in which], recipe, cache)
+    "The same for jobs in a file, whose images are mapped into memory and shared with other processes."
+    return _fill(torch.load(file, mmap=True, weights_only=False), which, recipe, cache)
 
 def _report(trained, n, progress):
     "Wait for all of `trained`, numbers of networks, and tell `progress` how far it is."
@@ -498,7 +497,7 @@ def in_processes(
         with _folder(cache) as folder, tempfile.TemporaryDirectory() as aside:
             file = Path(aside)/'jobs.pt'
             torch.save(jobs, file, pickle_module=cloudpickle) # once, not with every part: loaders hold all images
-            parts = (delayed(_fill_from)(file, part, recipe, folder) for part in _parts(range(len(jobs)), n_jobs*per_job))
+            parts = (delayed(_fill_from)(file, part, recipe, folder) for part in _parts(jobs, n_jobs*per_job))
             try: _report(Parallel(n_jobs, return_as='generator_unordered')(parts), len(jobs), progress)
             finally: get_reusable_executor().shutdown(wait=True) # idle processes would keep this one from ending, for minutes
             return fit_networks(jobs, recipe, folder)
@@ -514,7 +513,8 @@ def in_ray(
     task = ray.remote(**{'max_retries': 3, **options})(_fill)
     def train(jobs, recipe, cache=None, progress=None):
         with _folder(cache) as folder:
-            todo = [task.remote(part, recipe, Path(folder).resolve()) for part in _parts(jobs, n_parts)]
+            stored = ray.put(jobs) # once for each machine, not with every part: loaders hold all images
+            todo = [task.remote(stored, part, recipe, Path(folder).resolve()) for part in _parts(jobs, n_parts)]
             _report(map(ray.get, todo), len(jobs), progress)
             return fit_networks(jobs, recipe, folder)
     return train

@@ -7,9 +7,8 @@ __all__ = ['Backbone', 'load_backbone', 'read_matconvnet', 'pretrain', 'Candidat
            'train_candidate', 'choose_networks', 'parts_of', 'assembled', 'transfer_hierarchy']
 
 # %% ../nbs/65_transfer.ipynb #65a00004
-import hashlib, json, os, platform
+import hashlib, json, platform
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -23,7 +22,7 @@ from scipy.io import loadmat
 from torch import nn
 from . import __version__
 from .clustering import ClassHierarchy, check_one_level
-from .datasets import ImageSet
+from .datasets import ImageSet, atomically
 from .families import Job, feature_dataloaders, fit_network, fit_networks
 from .hierarchical import HierarchicalClassifier
 from .learners import ImageDL, ImageView, Normalization, Recipe, ViewDataLoaders, class_view, cluster_view, crop_flip
@@ -104,15 +103,6 @@ def prepare(self:Backbone,
 # %% ../nbs/65_transfer.ipynb #65a00018
 _format = 'hdfast.Backbone.1'
 
-@contextmanager
-def _aside(file):
-    "A path to write to, which then becomes `file`, or goes if the writing failed."
-    part = file.with_name(f'.{file.name}.{os.getpid()}')
-    try:
-        yield part
-        os.replace(part, file)
-    finally: part.unlink(missing_ok=True)
-
 def _hash(file):
     with open(file, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
@@ -124,11 +114,11 @@ def save(self:Backbone,
     "Write backbone.safetensors and, last, backbone.json."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _aside(folder/'backbone.safetensors') as part: save_file({k: v.cpu().contiguous() for k, v in self.weights.items()}, part)
+    with atomically(folder/'backbone.safetensors') as part: save_file({k: v.cpu().contiguous() for k, v in self.weights.items()}, part)
     versions = dict(hdfast=__version__, torch=torch.__version__, python=platform.python_version())
     about = dict(format=_format, versions=versions, spec=self.spec.to_dict(), normalize=asdict(self.normalize),
                  about=self.about, weights=_hash(folder/'backbone.safetensors'))
-    with _aside(folder/'backbone.json') as part: part.write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')
+    with atomically(folder/'backbone.json') as part: part.write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')
     return folder
 
 # %% ../nbs/65_transfer.ipynb #65a0001a

@@ -533,11 +533,12 @@ def cost(self:TrunkClassifier,
 
 # %% ../nbs/55_trunk.ipynb #c2ec9baf
 def re_estimate(
-    model:TrunkClassifier, # trained; it is moved to the device of `dls`
+    model:TrunkClassifier, # trained, and no HD-CNN (TypeError); it is moved to the device of `dls`
     dls,                   # DataLoaders with a held-out slice in dls.valid
     cache=None,            # folder of networks trained before
 ) -> TrunkClassifier:
     "A classifier over clusters from the confusion of `model`, trained on from its trunk."
+    if type(model) is not TrunkClassifier: raise TypeError(f"a {type(model).__name__} can't be trained on from its trunk: make a new one over clusters from its confusion")
     old, net = model.hierarchy, model.to(dls.device).net
     h = cluster_classes(held_out_confusion(net, dls), old.max_size, old.gamma, old.classes)
     return type(model)(h, model.spec, model.recipe, model.seed).fit(dls, cache, start=net)

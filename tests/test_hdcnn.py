@@ -10,7 +10,7 @@ from hdfast.clustering import ClassHierarchy, hierarchy_from_groups
 from hdfast.hdcnn import HDCNN, BuildingBlock, CoarseComponent, FineAlone, HDCNNHeads, copy_into
 from hdfast.learners import crop_flip, recipe
 from hdfast.networks import Conv, NetworkSpec, Stage
-from hdfast.trunk import Balanced, Distilled, FusedHeads, add_to_loss, trunk_spec
+from hdfast.trunk import Balanced, Distilled, FusedHeads, add_to_loss, re_estimate, trunk_spec
 
 little = NetworkSpec('little', [Stage([Conv(3, 8)]), Stage([Conv(3, 8)])])
 spec = trunk_spec(little, shared=(), router=(8,), expert=(8,), private=1, dropout=0)
@@ -81,6 +81,10 @@ def test_augmented_images_are_refused_before_anything_is_trained(images, taxonom
     told, augmented = [], images.dataloaders(device='cpu', bs=32, augment=crop_flip)
     with pytest.raises(ValueError, match="features can't be augmented"): HDCNN(taxonomy, spec, how).fit(augmented, on_epoch=lambda *a: told.append(a))
     assert not told
+
+
+def test_it_is_not_trained_on_from_its_trunk(dls, taxonomy):
+    with pytest.raises(TypeError, match="HDCNN can't be trained on"): re_estimate(HDCNN(taxonomy, spec, how), dls)
 
 
 def test_shares_are_those_of_the_training_images_and_are_saved(dls, h, tmp_path):
