@@ -1,6 +1,7 @@
 "Fixtures shared by the tests. Everything is tiny: images of 16 pixels, nine classes in three groups."
 import os
 os.environ.setdefault('MPLBACKEND', 'Agg')
+os.environ.setdefault('OMP_NUM_THREADS', '1') # as `make test` does: with more threads sums are rounded in another order
 
 import pytest
 from hypothesis import settings
