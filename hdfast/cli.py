@@ -105,14 +105,15 @@ def _check_settings(size, gamma, clusters, seed, networks):
     if gamma is not None and not gamma > 0:
         raise ValueError(f'--gamma {gamma:g}: it must be positive; leave it out for clusters that do not overlap')
     if clusters is not None and clusters < 1: raise ValueError(f'--clusters {clusters}: ask for at least 1')
-    if seed < 0: raise ValueError(f'--seed {seed}: it must be 0 or more')
+    if not 0 <= seed < 2**32: raise ValueError(f'--seed {seed}: it must be 0 or more, and less than 2 to the power of 32')
 
 # %% ../nbs/90_cli.ipynb #1ce485d2
 def _check_out(out, folder):
-    "ValueError or FileExistsError about a folder that the results can't go to."
+    "ValueError, FileExistsError or PermissionError about a folder that the results can't go to."
     from hdfast.hierarchical import check_replaceable
     out = Path(out)
     if out.exists() and not out.is_dir(): raise ValueError(f'--out {out} is a file; it must be a folder, or not be there yet')
+    if out.exists() and not os.access(out, os.W_OK): raise PermissionError(f'--out {out}: nothing may be written there')
     if Path(folder).is_dir() and out.resolve().is_relative_to(Path(folder).resolve()):
         raise ValueError(f'--out {out} lies inside {folder}, where it would be taken for images; choose a folder elsewhere')
     check_replaceable(out/'model')
@@ -206,7 +207,7 @@ def _write_clusters(C, h, out):
     from matplotlib import pyplot as plt
     names = list(h.classes)
     table = pd.DataFrame(C, names, names)
-    experiments.write_aside(out/'confusion.csv', table.to_csv(index_label='class', float_format='%.6g'))
+    experiments.write_aside(out/'confusion.csv', table.to_csv(index_label='class'))
     experiments.write_aside(out/'hierarchy.json', h.to_json())
     figure = h.plot().figure
     experiments.save_figure(figure, out, 'dendrogram')
@@ -285,7 +286,7 @@ def decompose(
 ) -> int: # exit status
     "Turn a folder of images into a router and small experts, compare them with one flat network, and save them."
     from hdfast.inference import keep_memory
-    out, form = Path(out), _form(router, expert, trunk)
+    out, form = Path(out).expanduser(), _form(router, expert, trunk)
     networks = {'flat net': flat} | form.networks
     keep_memory()
     how = _plan(recipe or form.recipe, epochs, size, gamma, clusters, seed, networks.values())
@@ -332,7 +333,7 @@ def _load(folder):
     "The classifier saved in `folder` or in `folder`/model; ValueError or FileNotFoundError that says what is wrong."
     from hdfast.hierarchical import HierarchicalClassifier
     from hdfast import hdcnn, trunk, trust # so that their folders are known
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not (folder/'classifier.json').exists() and (folder/'model'/'classifier.json').exists(): folder = folder/'model'
     model = HierarchicalClassifier.load(folder)
     if model.normalize is None or len({*model.size}) > 1:

@@ -236,7 +236,8 @@ def plot(self:ClassHierarchy,
     of = _node_cluster(self)
     leaves = dendrogram(self.linkage, no_plot=True)['leaves']
     colour = {q: palette[i % len(palette)] for i, q in enumerate(dict.fromkeys(of[c] for c in leaves))} | {-1: '#999999'}
-    dendrogram(self.linkage, orientation='left', labels=self.classes, ax=ax, leaf_font_size=8,
+    names = [c.replace('$', r'\$') for c in self.classes] # two dollars would begin a formula
+    dendrogram(self.linkage, orientation='left', labels=names, ax=ax, leaf_font_size=8,
                link_color_func=lambda i: colour[of[i]])
     for label, c in zip(ax.get_yticklabels(), leaves): label.set_color(colour[of[c]])
     ax.set(xlabel='distance $D$ at which classes meet', xlim=(1.02*self.linkage[:, 2].max(), .98*self.linkage[0, 2]))

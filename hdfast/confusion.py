@@ -81,7 +81,7 @@ def check_confusion(
     if off.max() > 1e-6:
         row = off.argmax()
         hint = "these look like raw counts: divide each row by its sum" if C.max() > 1 else "each row must be a distribution"
-        raise ValueError(f"row {row} of the confusion matrix sums to {C[row].sum():.6g}, not to 1; {hint}")
+        raise ValueError(f"row {row} of the confusion matrix sums to {C[row].sum():.9g}, not to 1; {hint}")
     return C
 
 # %% ../nbs/10_confusion.ipynb #5a0e1002
@@ -93,7 +93,7 @@ def _check_sparse_confusion(C):
     if (C.data < 0).any(): raise ValueError("the confusion matrix has negative values")
     sums = C.sum(axis=1)
     row = np.abs(sums - 1).argmax()
-    if abs(sums[row] - 1) > 1e-6: raise ValueError(f"row {row} of the confusion matrix sums to {sums[row]:.6g}, not to 1: divide each row by its sum")
+    if abs(sums[row] - 1) > 1e-6: raise ValueError(f"row {row} of the confusion matrix sums to {sums[row]:.9g}, not to 1: divide each row by its sum")
     return C
 
 # %% ../nbs/10_confusion.ipynb #66fddd65

@@ -25,7 +25,7 @@ from fastdownload import FastDownload
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
 from joblib import Parallel, delayed
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets import Caltech256
 
 # %% ../nbs/00_datasets.ipynb #898db9ec
@@ -53,6 +53,8 @@ class ImageSet:
 def _check_tensors(s):
     "ValueError unless `images`, `labels` and `split` are tensors of the right type that go together"
     x, n = s.images, len(s.images)
+    for field in ('images', 'labels', 'split'):
+        if not isinstance(t := getattr(s, field), torch.Tensor): raise ValueError(f'{s.name}: {field} must be a torch tensor, not a {type(t).__name__}')
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
         raise ValueError(f'{s.name}: images must be uint8 of shape (N, 3, H, W), not {x.dtype} of {tuple(x.shape)}')
     for field, dtype in (('labels', torch.int64), ('split', torch.int8)):
@@ -321,12 +323,18 @@ def cache_dir() -> Path:
 def decode_image(
     file, # path of an image, or an open binary file
     size:int # side in pixels; the picture is squashed to a square
-) -> np.ndarray: # uint8 (3, size, size)
+) -> np.ndarray: # uint8 (3, size, size); ValueError for pixels of 32 bits, whose range isn't known
     "One image as RGB bytes of `size` by `size` pixels."
     with Image.open(file) as im:
         im.draft('RGB', (size, size))
-        im = im.convert('RGB').resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        ImageOps.exif_transpose(im, in_place=True)
+        im = _eight_bits(im).convert('RGB').resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
     return np.asarray(im).transpose(2, 0, 1)
+
+def _eight_bits(im):
+    "A picture with 8 bits a channel."
+    if im.mode in ('I', 'F'): raise ValueError('it has 32 bits a pixel: convert it to 8 bits a channel first')
+    return Image.fromarray((np.asarray(im) >> 8).astype(np.uint8)) if im.mode.startswith('I;16') else im
 
 # %% ../nbs/00_datasets.ipynb #f4c0fd21
 def _decode_block(files, size):
@@ -342,12 +350,12 @@ def _decode_block(files, size):
 
 # %% ../nbs/00_datasets.ipynb #b208699d
 def _cache_key(files, size):
-    "Hash of the files' relative names, sizes and times of change, and of the target size"
+    "Hash of the files' relative names, sizes and times, and of the target size"
     root = len(os.path.dirname(os.path.commonprefix([os.path.join(os.path.dirname(f), '') for f in files])))
-    h = blake2b(f'hdfast 1 {size}'.encode(), digest_size=12)
+    h = blake2b(f'hdfast 2 {size}'.encode(), digest_size=12)
     for f in files:
         st = os.stat(f)
-        h.update(os.fsencode(f'{f[root:]}\0{st.st_size}\0{st.st_mtime_ns}\n'))
+        h.update(os.fsencode(f'{f[root:]}\0{st.st_size}\0{st.st_mtime_ns}\0{st.st_ctime_ns}\n'))
     return h.hexdigest()
 
 # %% ../nbs/00_datasets.ipynb #a4934900
@@ -396,7 +404,7 @@ def _decode_all(files, size, npy, state, block=256):
 # %% ../nbs/00_datasets.ipynb #50933131
 def _cached(files, size, cache):
     "Images of `files` from the cache, decoded now if they aren't there, and positions of the corrupt ones"
-    folder = Path(cache or cache_dir())
+    folder = Path(cache or cache_dir()).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     stem = f'images-{size}px-{_cache_key(files, size)}'
     npy, state = folder/f'{stem}.npy', folder/f'{stem}.json'
@@ -405,23 +413,29 @@ def _cached(files, size, cache):
     return np.load(npy), json.loads(state.read_text())['corrupt']
 
 # %% ../nbs/00_datasets.ipynb #b38fea01
+def _reason(file, size):
+    "Why a file is no readable image."
+    try: decode_image(file, size)
+    except Exception as e: return str(e)
+
 def _decode_kept(files, size, skip_corrupt=False, cache=None):
     "Images of the files that can be decoded, uint8 (n, 3, size, size), and the positions of those files, int64 (n,)"
-    files = [os.path.abspath(f) for f in files]
+    if size < 1: raise ValueError(f'images need at least one pixel a side, not {size}')
+    files = [os.path.abspath(f) for f in ([files] if isinstance(files, (str, os.PathLike)) else files)]
     if not files: raise ValueError('no files to decode')
     images, corrupt = _cached(files, size, cache)
     if not corrupt: return torch.from_numpy(images), np.arange(len(files))
     paths = _some(files[i] for i in corrupt)
     if not skip_corrupt:
         raise ValueError(f'{len(corrupt)} of {len(files)} files are no readable images '
-                         f'(skip_corrupt=True leaves them out): {paths}')
+                         f'(skip_corrupt=True leaves them out): {paths}; the first: {_reason(files[corrupt[0]], size)}')
     warnings.warn(f'left out {len(corrupt)} of {len(files)} files that are no readable images: {paths}')
     kept = np.setdiff1d(np.arange(len(files)), corrupt)
     return torch.from_numpy(images[kept]), kept
 
 # %% ../nbs/00_datasets.ipynb #91b7aa95
 def decode(
-    files, # paths of N images
+    files, # paths of N images, or the path of one
     size:int, # side in pixels; pictures are squashed to a square
     skip_corrupt:bool=False, # leave out files that are no readable images, with a warning, instead of raising
     cache=None # folder; None: `cache_dir()`
@@ -465,6 +479,9 @@ def _class_files(folder, only=None):
 def _tree(root, classes=None, only=None):
     "DataFrame of the files below `root`: file, class, superclass; of some `classes` or all"
     found = [(sup, os.path.basename(f), f) for sup, f in _class_folders(root)]
+    for _, c, _ in found:
+        try: c.encode()
+        except UnicodeEncodeError as e: raise ValueError(f"{root}: the folder name {ascii(c)} isn't UTF-8; rename it") from e
     if pd.Series([c for _, c, _ in found]).duplicated().any(): # the same class name in two superclasses
         found = [(sup, f'{sup}/{c}', f) for sup, c, f in found]
     if classes is not None:
@@ -475,14 +492,17 @@ def _tree(root, classes=None, only=None):
     return pd.DataFrame(rows, columns=['file', 'class', 'superclass'])
 
 # %% ../nbs/00_datasets.ipynb #8493bf7a
+_part_names = ('train', 'training'), ('test', 'testing'), ('valid', 'val', 'validation') # in any case of letters
+
 def _parts(path):
     "The folders that hold train, held-out and test images: {TRAIN: ..., ...}"
     path = Path(path).expanduser()
     if not path.is_dir(): raise FileNotFoundError(f'no folder {path}')
-    if not (path/'train').is_dir() or not _entries(path/'train')[0]: return {TRAIN: path}
-    there = {n: path/n for n in ('test', 'valid', 'val') if (path/n).is_dir()}
-    parts = {TRAIN: path/'train'} | ({TEST: there.pop('test')} if 'test' in there else {})
-    return parts | {HELD_OUT if TEST in parts else TEST: p for p in list(there.values())[:1]}
+    there = {Path(f).name.lower(): Path(f) for f in _entries(path)[0]}
+    train, test, valid = (next((there[n] for n in names if n in there), None) for names in _part_names)
+    if train is None or not _entries(train)[0]: return {TRAIN: path}
+    found = {TRAIN: train, TEST: test, HELD_OUT: valid} if test else {TRAIN: train, TEST: valid}
+    return {part: folder for part, folder in found.items() if folder}
 
 # %% ../nbs/00_datasets.ipynb #5717535b
 def _folder_files(path, classes=None, only=None):
@@ -494,7 +514,7 @@ def _folder_files(path, classes=None, only=None):
 
 # %% ../nbs/00_datasets.ipynb #59fe4cc3
 def image_folder(
-    path, # folder of class folders, or of train/ (with test/, valid/ or val/) of class folders
+    path, # folder of class folders, or of train/ (with test/, valid/, val/ or validation/) of class folders
     size:int=64, # side in pixels; pictures are squashed to a square
     test:float=0.2, # share of each class's images, where the folder has no test part
     held_out:float=0.1, # share of each class's remaining images, where the folder has no such part
@@ -650,6 +670,9 @@ def image_set(
     **kwargs # arguments of that function
 ) -> ImageSet:
     "A set by its name, or a folder of images."
-    if str(name_or_path) in IMAGE_SETS: return IMAGE_SETS[str(name_or_path)](**kwargs)
-    if Path(name_or_path).expanduser().is_dir(): return image_folder(name_or_path, **kwargs)
+    there = Path(name_or_path).expanduser().is_dir()
+    if str(name_or_path) in IMAGE_SETS:
+        if there: warnings.warn(f'{name_or_path} is the named set; for the folder of that name write ./{name_or_path}')
+        return IMAGE_SETS[str(name_or_path)](**kwargs)
+    if there: return image_folder(name_or_path, **kwargs)
     raise ValueError(f'{name_or_path} is neither a folder nor one of the image sets {", ".join(IMAGE_SETS)}')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['repository', 'FAMILIES', 'pages_folder', 'EXPERIMENTS', 'use_device', 'device_name', 'provenance', 'Family',
            'hierarchy_rows', 'runs_of', 'summarise', 'paper_table', 'write_aside', 'save_result', 'save_figure',
-           'load_result', 'caption', 'Experiment']
+           'load_result', 'caption', 'paired_interval', 'Experiment']
 
 # %% ../nbs/80_experiments.ipynb #90864d6f
 import json, os, platform, subprocess, time
@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from fastai.torch_core import default_device
 from matplotlib import pyplot as plt
+from scipy.stats import ttest_1samp
 from .clustering import cluster_into
 from .datasets import atomically, image_set
 from .hierarchical import HierarchicalClassifier
@@ -105,7 +106,7 @@ def hierarchy_rows(
     seed:int=0,      # of networks and batches
     cache=None,      # folder of trained networks
     report=print,    # told what is done, line by line
-):                   # rows (list of dicts), confusion (K, K), hierarchies
+):                   # rows (list of dicts, accuracies in [0, 1]), confusion (K, K), hierarchies
     "Train and evaluate the flat net and a hierarchy for each gamma."
     dls = images.dataloaders(bs=how.bs)
     flat, seconds = _timed(lambda: fit_network(dls, family.flat, how, seed, 'the flat network', cache))
@@ -153,10 +154,10 @@ def runs_of(
 
 # %% ../nbs/80_experiments.ipynb #9d8b5947
 def summarise(
-    rows:pd.DataFrame, # rows of all runs
-    paper=(),          # the paper's rows: dicts of C, gamma, HC, FC
+    rows:pd.DataFrame, # rows of all runs, accuracies in [0, 1]
+    paper=(),          # the paper's rows: dicts of C, gamma, HC, FC in percent
 ) -> pd.DataFrame:
-    "Mean and standard deviation over runs for every clustering, top-1 routing, beside the paper's values."
+    "Mean and standard deviation over runs in percent, for every clustering, top-1 routing, beside the paper's values."
     def line(part, **about):
         m = 100*part[['HC home', 'HC contains', 'FC', 'FC macro']].astype(float)
         stats = {f'{c} {s}': v for c in m for s, v in (('mean', m[c].mean()), ('sd', m[c].std()))}
@@ -190,8 +191,8 @@ def write_aside(file, text):
 def save_result(
     out,                # folder
     name:str,           # of the experiment
-    table:pd.DataFrame, # summary, as shown
-    runs:pd.DataFrame,  # a row per run and way of routing
+    table:pd.DataFrame, # summary, as shown, accuracies in percent
+    runs:pd.DataFrame,  # a row per run and way of routing, accuracies in [0, 1]
     about:dict,         # parameters, provenance and anything else worth keeping, as JSON values
 ) -> Path:
     "Write `name`.csv, `name`_runs.csv and, last, `name`.json."
@@ -227,12 +228,22 @@ def load_result(
 def caption(
     about:dict, # provenance, from `load_result`
 ) -> str:
-    "Profile, runs, epochs, recipe, device, versions and commit of a result in one line."
+    "Profile, runs or repeats, device, versions and commit of a result in one line."
     p, m = about['parameters'], about['provenance']
     commit = (m['git_sha'] or 'unknown')[:10] + (' with changes' if m['git_dirty'] else '')
     rule = p.get('recipe_name', p.get('how', 'paper'))
-    return (f"profile {m['profile']}, {p['runs']} run(s) of {p['epochs']} epochs, recipe {rule}, {m['device']}, {m.get('arithmetic', 'float32')}, "
-            f"torch {m['versions']['torch']}, commit {commit}")
+    times = [f"{p['runs']} run(s) of {p['epochs']} epochs, recipe {rule}"] if 'runs' in p else [f"{p['repeats']} repeats"] if 'repeats' in p else []
+    return ', '.join([f"profile {m['profile']}", *times, m['device'], m.get('arithmetic', 'float32'), f"torch {m['versions']['torch']}", f'commit {commit}'])
+
+# %% ../nbs/80_experiments.ipynb #80c1a003
+def paired_interval(
+    gaps,        # of the runs, one each
+    level=.95,   # of confidence
+) -> tuple:      # mean, low, high; the latter two NaN for a single run
+    "Mean of paired differences and its interval, by Student's t over the runs."
+    gaps = np.asarray(gaps, float)
+    low, high = ttest_1samp(gaps, 0).confidence_interval(level) if len(gaps) > 1 else (np.nan, np.nan)
+    return gaps.mean(), low, high
 
 # %% ../nbs/80_experiments.ipynb #d884ff21
 @dataclass(frozen=True)
@@ -249,8 +260,7 @@ class Experiment:
 def _hierarchy(name, table, dataset, family, n_clusters, gammas, runs):
     "A hierarchy experiment on real images."
     shared = dict(name=name, table=table, dataset=dataset, family=family, n_clusters=n_clusters, gammas=gammas)
-    few = dict(epochs=10, runs=1, precision='bfloat16') | (dict(gammas=gammas[:2]) if family == 'cnn' else {})
-    return Experiment(name, table, 'hierarchy.ipynb', shared, {'cpu': few, 'paper': dict(epochs=40, runs=runs)})
+    return Experiment(name, table, 'hierarchy.ipynb', shared, {'cpu': dict(epochs=10, runs=1, precision='bfloat16'), 'paper': dict(epochs=40, runs=runs)})
 
 # %% ../nbs/80_experiments.ipynb #3a51c0f1
 def _accounting(name, table):
@@ -302,7 +312,8 @@ EXPERIMENTS = {e.name: e for e in [
 _wide = 'wide trunk, batch norm, drop'
 _best = [f'{_wide}, tied', f'{_wide}, one cluster']
 _slim = [name.replace('wide', 'slim') for name in _best]
-_few = ["the paper's hierarchy", 'shared trunk', 'shared trunk, tied', _wide, f'{_wide}, linear experts', *_best, *_slim, 'HD-CNN']
+_twins = [*(f'{name}, other seed' for name in _best), f'{_wide}, tied, max_size 10'] # for ensembles
+_few = ["the paper's hierarchy", 'shared trunk', 'shared trunk, tied', _wide, f'{_wide}, linear experts', *_best, *_slim, 'HD-CNN', *_twins]
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
 
 def _trunk(dataset, how, name=None, **profiles):

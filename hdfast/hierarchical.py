@@ -269,6 +269,7 @@ def _labelled(self:HierarchicalClassifier, dl):
     n, take, y = self._inputs(dl)
     if y is None or not hasattr(dl, 'vocab'):
         raise ValueError("evaluate needs the true classes and their names: pass a fastai loader with labels, such as dls[2]")
+    if not n: raise ValueError("the loader has no images, so there is nothing to evaluate")
     check_classes(dl, self.hierarchy)
     return n, take, y.numpy()
 
@@ -345,15 +346,17 @@ def _replaceable(folder):
 def check_replaceable(
     folder, # where a classifier shall be saved
 ):
-    "FileExistsError if `folder` holds anything else than a saved classifier."
-    folder = Path(folder)
+    "FileExistsError if `folder` holds anything else than a saved classifier; ValueError if it is the current one."
+    folder = Path(folder).expanduser()
+    if folder.resolve() == Path.cwd(): raise ValueError(f"{folder} is the current folder, which can't be replaced; choose another one")
     if folder.exists() and not (folder.is_dir() and _replaceable(folder)):
         raise FileExistsError(f"{folder} holds something other than a saved classifier; choose another folder")
 
 # %% ../nbs/50_hierarchical.ipynb #4b1b3fc2
 @contextmanager
 def _aside(folder):
-    "A new folder that takes the place of `folder` at the end, if nothing fails; else `folder` stays as it was."
+    "A new folder that takes the place of `folder` at the end, if nothing fails; else `folder` stays as it was. A link stays a link."
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
     new, old = beside/'new', beside/'old'
@@ -376,7 +379,7 @@ def save(self:HierarchicalClassifier,
 ) -> Path:
     "Write weights (safetensors) and everything else (JSON) to `folder`."
     self._check_trained()
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     check_replaceable(folder)
     versions = dict(hdfast=__version__, torch=torch.__version__, python=platform.python_version())
     about = dict(format=self._format, versions=versions, provenance=provenance) | self._config()
@@ -431,7 +434,7 @@ def load(cls:HierarchicalClassifier,
     folder, # what `save` wrote
 ) -> HierarchicalClassifier:
     "Read a saved classifier; FileNotFoundError or ValueError that says what is wrong."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if folder.suffix in ('.pkl', '.pth', '.pt') and not folder.is_dir():
         raise ValueError(f"{folder.name} is a pickle, which can run any code when it is read: "
                          "hdfast loads only folders that `save` wrote")
@@ -443,7 +446,7 @@ def load(cls:HierarchicalClassifier,
 def _kind(cls, format):
     "The class, `cls` or one derived from it, whose folders have a format."
     kinds = {kind._format: kind for kind in _kinds(HierarchicalClassifier)}
-    if format not in kinds: raise ValueError(f"classifier.json has format {format!r}: import the module with its class first; known here are {', '.join(kinds)}")
+    if format not in kinds: raise ValueError(f"classifier.json has format {format!r}: it was written by a newer hdfast, or its class has to be imported first; known here are {', '.join(kinds)}")
     if not issubclass(kinds[format], cls):
         raise ValueError(f"classifier.json describes a {kinds[format].__name__}, which is no {cls.__name__}: use {kinds[format].__name__}.load")
     return kinds[format]
@@ -477,6 +480,13 @@ class Decomposition:
     classifier:HierarchicalClassifier  # trained
 
 # %% ../nbs/50_hierarchical.ipynb #be370679
+def _check_plan(dls, n_clusters, gamma, router, expert, names):
+    "ValueError, before anything is trained, about what `decompose` couldn't do afterwards."
+    if len(dls.loaders) < 2 or not len(dls.valid.dataset): raise ValueError("the DataLoaders have no held-out images (dls.valid), from which the confusion is measured")
+    HierarchicalClassifier(cluster_into(np.eye(len(names)), n_clusters, gamma, names), router, expert) # as if nothing were ever confused
+    channels, *size = input_shape(dls)
+    for net in (router, expert): network_spec(net).body_shape(size, channels)
+
 def decompose(
     dls,                # DataLoaders with a held-out slice in dls.valid
     n_clusters=None,    # wanted number of clusters; default about sqrt(K)
@@ -491,6 +501,7 @@ def decompose(
 ) -> Decomposition:
     "Train a flat network, cluster the classes by its confusion, and train the hierarchy (Algorithm 1 and section 4.1.1)."
     how, names = _recipe(recipe), list(map(str, dls.vocab))
+    _check_plan(dls, n_clusters, gamma, router, expert, names)
     net = flat if isinstance(flat, nn.Module) else fit_network(dls, flat, how, seed, 'the flat network', cache)
     C = held_out_confusion(net, dls)
     h = cluster_into(C, n_clusters, gamma, names)

@@ -24,7 +24,7 @@ from fastai.data.transforms import Category, CategoryMap
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import TensorCategory, TensorImage, default_device, to_device
+from fastai.torch_core import TensorCategory, TensorImage, default_device, no_random, to_device
 from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
@@ -318,8 +318,7 @@ def fit_recipe(self:Learner,
     "Train by `recipe`; FloatingPointError if the loss stops being finite."
     self.opt_func, self.opt = optimizers[recipe.optimizer], None
     fit = self.fit_one_cycle if recipe.schedule == 'one_cycle' else self.fit
-    with _own_batches(self, recipe.bs, seed), computed_in(recipe, self.model, self.dls.device), torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with _own_batches(self, recipe.bs, seed), computed_in(recipe, self.model, self.dls.device), no_random(seed, reproducible=False):
         fit(recipe.epochs, recipe.lr, wd=recipe.wd, cbs=StopOnNaN(name))
         check_predictions(self.model.eval(), self.dls, name)
     return self
@@ -442,7 +441,7 @@ def accuracy_on(
     return float((probs.argmax(1) == y).mean())
 
 def held_out_confusion(
-    net,           # a network
+    net,           # a network that gives logits, (N, K)
     dls,           # DataLoaders over K classes, whose `valid` is the held-out slice
 ) -> np.ndarray:   # (K, K), rows sum to 1; ValueError if nothing is held out, a warning that names classes of which nothing is
     "Soft confusion of `net` on the held-out slice."

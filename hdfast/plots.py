@@ -37,8 +37,8 @@ def plot_confusion(
         ax.add_patch(Rectangle((at[0] - .5, at[0] - .5), len(at), len(at), fill=False, color='white', lw=1))
     ax.set(xlabel='predicted class', ylabel='true class', xticks=[], yticks=[])
     if K <= 60:
-        ax.set_xticks(range(K), [h.classes[c] for c in order], rotation=90, fontsize=8)
-        ax.set_yticks(range(K), [h.classes[c] for c in order], fontsize=8)
+        ax.set_xticks(range(K), [h.classes[c] for c in order], rotation=90, fontsize=8, parse_math=False)
+        ax.set_yticks(range(K), [h.classes[c] for c in order], fontsize=8, parse_math=False)
     return ax
 
 # %% ../nbs/70_plots.ipynb #174f9463
@@ -75,7 +75,7 @@ def plot_members(
     for q, x in at:
         home, colour = h.home[cluster_order(h)[x]] == q, palette[q % len(palette)]
         ax.plot(x, q, 'o', ms=9, color=colour, mfc=colour if home else 'none', mew=1.5)
-    ax.set_xticks(range(h.n_classes), [h.classes[c] for c in cluster_order(h)], rotation=90)
+    ax.set_xticks(range(h.n_classes), [h.classes[c] for c in cluster_order(h)], rotation=90, parse_math=False)
     ax.set(yticks=range(h.n_clusters), ylabel='cluster', ylim=(h.n_clusters - .5, -.5), xlim=(-.6, h.n_classes - .4))
     ax.spines[['top', 'right']].set_visible(False)
     return ax

@@ -93,7 +93,7 @@ def tasks_of(
     profile:str,   # one of the experiment's profiles
     out,           # folder for results
     jobs:int=1,    # pages at once
-) -> list:         # of `Task`; ValueError if the page doesn't take the parameters
+) -> list:         # of `Task`; FileNotFoundError without the page, ValueError if it doesn't take the parameters
     "The tasks of an experiment: itself and, before it, its single runs if that saves time."
     page, out = pages_folder/e.page, Path(out)
     parameters = e.parameters | e.profiles[profile] | dict(profile=profile, out=str(out))
@@ -158,15 +158,16 @@ def wait(self:PageProcess,
     timeout,    # seconds
 ) -> tuple:     # exit status, None after the timeout; what papermill said on standard error
     "Wait for the end of the page, and pass on what it prints."
-    errors = []
+    errors, expired = [], False
     readers = [threading.Thread(target=f, daemon=True) for f in (
         lambda: [say(line.rstrip()) for line in self.process.stdout], lambda: errors.extend(self.process.stderr))]
     for r in readers: r.start()
     try: self.process.wait(timeout)
-    except subprocess.TimeoutExpired: self.kill()
-    else: timeout = None
+    except subprocess.TimeoutExpired:
+        expired = True
+        self.kill()
     for r in readers: r.join(5)
-    return None if timeout else self.process.returncode, ''.join(errors)
+    return None if expired else self.process.returncode, ''.join(errors)
 
 # %% ../nbs/85_runner.ipynb #9312f908
 @patch
@@ -244,7 +245,7 @@ class Runner:
         again:bool=False,   # also run what is finished
         say=print,          # told what happens, line by line
     ):
-        self.out, self.jobs, self.device = Path(out).resolve(), jobs, str(device or default_device()).removesuffix(':0')
+        self.out, self.jobs, self.device = Path(out).expanduser().resolve(), jobs, str(device or default_device()).removesuffix(':0')
         self.timeout, self.again, self.say = timeout, again, say
         self.processes, self.stopped, self.seconds = set(), False, {}
         (self.out/'pages'/'parts').mkdir(parents=True, exist_ok=True)

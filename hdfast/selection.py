@@ -121,7 +121,8 @@ def try_candidates(
     train=fit_networks, # function of (jobs, recipe, cache, progress)
 ) -> list:              # a `Trial` for every cluster of two classes or more
     "Train every candidate on every cluster and score it on the held-out slice (steps 2 and 3 of Algorithm 2)."
-    candidates, how = [network_spec(s) for s in candidates], _recipe(recipe)
+    candidates, how, C = [network_spec(s) for s in candidates], _recipe(recipe), check_confusion(C)
+    if len(C) != h.n_classes: raise ValueError(f"a confusion of {len(C)} classes and a hierarchy of {h.n_classes} don't go together")
     jobs = candidate_jobs(dls, h, candidates, seed)
     nets = train([j for *_, j in jobs], how, cache, bar_over(len(jobs)) if progress else None)
     found = {}
@@ -169,7 +170,7 @@ def read_pile(
     file, # what `pile_up` wrote
 ) -> tuple: # candidates (list of specs), list of `Trial`
     "The candidates and trials in a file; ValueError if it is something else."
-    try: d = json.loads(Path(file).read_text(encoding='utf-8'))
+    try: d = json.loads(Path(file).expanduser().read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f"{file} isn't JSON: {e}") from e
     if not isinstance(d, dict) or d.get('format') != _format: raise ValueError(f"{file} isn't a pile of trials (format {_format})")
     try: return [NetworkSpec.from_dict(s) for s in d['candidates']], [Trial(**t) for t in d['trials']]
@@ -182,7 +183,7 @@ def pile_up(
     trials,     # to add
 ) -> list:      # of all trials in the file
     "Add trials to a file that grows without duplicates (step 4 of Algorithm 2)."
-    file = Path(file)
+    file = Path(file).expanduser()
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{file}.lock'):
         specs, known = read_pile(file) if file.exists() else ([], [])
@@ -291,15 +292,16 @@ def learn(self:NetworkSelector,
     trials, # `Trial`s; those of another recipe are left out with a warning, and those that lack a candidate's score without
 ) -> NetworkSelector: # ValueError if there is nothing to learn from
     "Add trials to those known, and fit the chooser on all of them."
+    trials = list(trials)
     own = _of_recipe(trials, self.recipe)
     self.trials = merge_trials(self.trials, [_only(t, self.candidates) for t in own if set(self.candidates) <= set(t.scores)])
+    if not trials: raise ValueError("there are no trials to learn from: every cluster may have a single class, and needs no expert")
     if not self.trials: raise ValueError(f"there is no cluster on which all of {', '.join(self.candidates)} were tried with recipe {self.recipe.name!r}")
     self.chooser.fit(self.trials, self.candidates.values())
     return self
 
 def _of_recipe(trials, how):
     "The trials of one recipe, and a warning that counts the others."
-    trials = list(trials)
     others = [t.recipe for t in trials if t.recipe != asdict(how)]
     if others: warnings.warn(f"{len(others)} of {len(trials)} trials are left out: they are of other recipes than {how}, such as {others[0]}", stacklevel=3)
     return [t for t in trials if t.recipe == asdict(how)]

@@ -11,18 +11,18 @@ __all__ = ['WIDE', 'SLIM', 'TRUNKS', 'TrunkSpec', 'trunk_spec', 'wide_trunk', 'w
 # %% ../nbs/55_trunk.ipynb #49f44519
 import hashlib, json
 from collections import OrderedDict
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 import torch
 from fastcore.basics import listify, patch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 from .clustering import ClassHierarchy, check_one_level, cluster_classes
-from .families import Job, code_version, feature_dataloaders, network_key, save_weights, train
+from .families import Job, code_version, feature_dataloaders, network_key, read_weights, save_weights, train
 from .hierarchical import HierarchicalClassifier
 from .inference import predict_in_batches
 from .learners import Normalization, Recipe, check_classes, class_counts, held_out_confusion, input_shape, probabilities
@@ -105,8 +105,8 @@ def with_batch_norm(
     return nn.Sequential(new)
 
 def without_batch_norm(
-    layers:nn.Sequential, # trained
-) -> nn.Sequential:       # in eval mode
+    layers:nn.Sequential, # trained, in eval mode
+) -> nn.Sequential:       # shares what isn't a convolution before a batch normalisation
     "The same layers for prediction, with each batch normalisation made part of the convolution before it."
     new = OrderedDict()
     for name, layer in layers.named_children():
@@ -232,21 +232,21 @@ def forward(self:FusedHeads, x):
 def separate(self:FusedHeads,
     i:int, # which of the n
 ) -> nn.Sequential: # (N, ...) to logits (N, sizes[i])
-    "Network `i` alone, with copies of its weights."
+    "Network `i` alone, for prediction, with copies of its weights."
     layers = OrderedDict((name, _slice(layer, i, len(self.sizes))) for name, layer in self.body.named_children())
     layers['flatten'] = nn.Flatten()
     for j, layer in enumerate(self.layers):
-        if isinstance(layer, nn.Dropout): layers[f'drop{j}'] = layer
+        if isinstance(layer, nn.Dropout): layers[f'drop{j}'] = nn.Dropout(layer.p)
         else: layers |= {f'fc{j}': layer.separate(i), f'fc{j}_relu': nn.ReLU()}
     layers['out'] = self.out.separate(i, self.sizes[i])
     return nn.Sequential(layers).eval()
 
 def _slice(layer, i, n):
-    "The part of a convolution or batch normalisation that belongs to network `i` of `n`; other layers as they are."
+    "The part of a convolution or batch normalisation that belongs to network `i` of `n`; of other layers a copy."
     if isinstance(layer, nn.Conv2d):
         new = nn.Conv2d(layer.in_channels//layer.groups, layer.out_channels//n, layer.kernel_size, layer.stride, layer.padding)
     elif isinstance(layer, nn.BatchNorm2d): new = nn.BatchNorm2d(layer.num_features//n)
-    else: return layer
+    else: return deepcopy(layer)
     part = lambda v: v.chunk(n)[i] if v.ndim else v
     new.load_state_dict({k: part(v) for k, v in layer.state_dict().items()})
     return new.to(layer.weight.device)
@@ -279,7 +279,9 @@ class HierarchyHeads(nn.Module):
     def start(self, i, scores):
         "What the expert of cluster `i` adds its logits to, from the router's scores."
         return 0
-    def log_p(self, f): return self.clusters(self.router(f)[0])
+    def log_p(self, f):
+        "Log-probability of each cluster, (N, n), from features."
+        return self.clusters(self.router(f)[0])
     def forward(self, f): return self.likelihood(self.log_p(f), self.experts(f).log_softmax(2))
 
 # %% ../nbs/55_trunk.ipynb #0b5f8fe2
@@ -427,9 +429,8 @@ def fit(self:TrunkClassifier,
         raise ValueError("a flat net has convolutions for a trunk, but not its shared layers: leave them out of the spec, shared=()")
     if start is not None: net.body.load_state_dict(start.body.state_dict() if isinstance(start, SharedTrunk) else _prefixed(start.body))
     net.to(dls.device)
-    file = cache and Path(cache)/f'trunk_{self._key(dls, ([net] if start is not None else []) + list(teachers), [frozen, balanced])}.safetensors'
-    if file and file.exists(): net.load_state_dict(load_file(file, device=str(dls.device)))
-    else:
+    file = cache and Path(cache).expanduser()/f'trunk_{self._key(dls, ([net] if start is not None else []) + list(teachers), [frozen, balanced])}.safetensors'
+    if not read_weights(net, file):
         self._train(net, dls, frozen, teachers, balanced, on_epoch)
         if file: save_weights(net, file)
     return self._use(net, shape, getattr(dls.train, 'normalize', None), dls.device)

@@ -20,6 +20,7 @@ from scipy.optimize import minimize_scalar
 from scipy.spatial.distance import squareform
 from .clustering import ClassHierarchy, palette
 from .hierarchical import HierarchicalClassifier, _kind, calibration_error, combine
+from .learners import check_classes
 
 # %% ../nbs/57_trust.ipynb #57a00008
 def temper(
@@ -103,6 +104,7 @@ def opinions(
 ) -> Opinions:
     "The opinions of a classifier; experts are asked when they are needed."
     n, take, y = model._inputs(images)
+    if hasattr(images, 'vocab'): check_classes(images, model.hierarchy)
     return Opinions(model.hierarchy, *model._opinions(n, take), None if y is None else y.numpy())
 
 # %% ../nbs/57_trust.ipynb #57a0001b
@@ -149,16 +151,16 @@ def _own_images(o, i):
     return rows, q, np.searchsorted(members, o.y[rows])
 
 def _shared_temperature(parts):
-    "One temperature for all experts with something to tell; 1 if there are none."
+    "One temperature for all experts with something to tell; 1 if there are none, or no mistake among them."
     parts = [(q, y) for _, q, y in parts if q.shape[1] > 1 and len(y)]
-    if not parts: return 1.
+    if not any((q.argmax(1) != y).any() for q, y in parts): return 1.
     width = max(q.shape[1] for q, _ in parts)
     return fit_temperature(np.concatenate([np.pad(q, ((0, 0), (0, width - q.shape[1]))) for q, _ in parts]), np.concatenate([y for _, y in parts]))
 
 # %% ../nbs/57_trust.ipynb #57a00026
 def _router_temperature(o, parts, experts):
-    "The temperature of the hierarchy classifier at which the true classes are most likely."
-    if o.hierarchy.n_clusters == 1: return 1.
+    "The temperature of the hierarchy classifier at which the true classes are most likely; 1 if it sends every image to a cluster with its class."
+    if o.hierarchy.holds[o.p.argmax(1).numpy(), o.y].all(): return 1.
     p, weights = o.p.double().numpy(), np.zeros(o.p.shape)
     for i, (rows, q, y) in enumerate(parts): weights[rows, i] = temper(q, experts[i])[np.arange(len(y)), y]
     return _lowest(lambda t: _mean_nll((temper(p, t)*weights).sum(1)))
@@ -179,7 +181,7 @@ def fit_temperatures(
 
 # %% ../nbs/57_trust.ipynb #57a0002d
 class CalibratedClassifier(HierarchicalClassifier):
-    "A trained classifier at other temperatures."
+    "A trained classifier at other temperatures. The confidence of top-1 `predict_proba` is the expert's alone: read it from the full product or from `Opinions.joint`."
     _format = 'hdfast.CalibratedClassifier.1'
     def __init__(self,
         model:HierarchicalClassifier, # trained
@@ -245,6 +247,7 @@ def stop_at_cluster(
 ) -> pd.DataFrame:    # columns level ('class' or 'cluster'), id, confidence, answer
     "The answer for each image: a class where the model is sure enough, else a cluster."
     P, p = np.asarray(P), np.asarray(p)
+    if (P.shape[1], p.shape[1]) != (h.n_classes, h.n_clusters): raise ValueError(f"P is of {P.shape[1]} and p of {p.shape[1]} columns, not of {h.n_classes} classes and {h.n_clusters} clusters")
     sure, ids = P.max(1) >= threshold, np.where(P.max(1) >= threshold, P.argmax(1), p.argmax(1))
     names = lambda q: ' or '.join(h.classes[c] for c in h.clusters[q])
     return pd.DataFrame({'level': np.where(sure, 'class', 'cluster'), 'id': ids, 'confidence': np.where(sure, P.max(1), p.max(1)),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from hdfast import __version__, cli, datasets, experiments, hierarchical, learners, runner
 from hdfast.cli import COMMANDS, EXAMPLES, about, main
-from hdfast.clustering import ClassHierarchy
+from hdfast.clustering import ClassHierarchy, cluster_into
 from hdfast.hierarchical import HierarchicalClassifier
 from hdfast.trunk import TrunkClassifier
 
@@ -477,3 +477,8 @@ def test_a_benchmark_that_fails_leaves_the_others_in_the_table(timed, tmp_path, 
     timed.found['benchmark_loader'] = RuntimeError('no')
     assert main(['bench', '--only', 'loader', 'speed', '--out', tmp_path]) == 1
     assert list(pd.read_csv(tmp_path/'bench.csv').benchmark) == ['speed']
+
+
+def test_the_confusion_that_was_written_is_one(family):
+    C = pd.read_csv(family/'confusion.csv', index_col=0)
+    assert cluster_into(C.values, 3, classes=C.columns).n_classes == len(C)

@@ -485,3 +485,11 @@ def test_which_classes_a_cluster_holds():
 def test_class_ids_are_whole_numbers():
     h = cluster_classes(np.eye(2), 1)
     with pytest.raises(TypeError, match='integer'): replace(h, clusters=((.9,), (1.2,)))
+
+
+def test_dollars_in_names_are_no_formula(tmp_path):
+    from hdfast.plots import plot_confusion
+    names, C = ['in$ide_$', '$', 'b'], np.full((3, 3), 1/3)
+    h = cluster_classes(C, 2, classes=names)
+    for ax in (h.plot(), plot_confusion(C, h)): ax.figure.savefig(tmp_path/'plot.svg')
+    assert 'in\\$ide_\\$' in [label.get_text() for label in h.plot().get_yticklabels()]

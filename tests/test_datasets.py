@@ -614,3 +614,61 @@ def test_cifar100():
     assert (s.counts().to_numpy() == [450, 50, 100]).all()
     begin = time.time()
     assert cifar100().fingerprint() == s.fingerprint() and time.time() - begin < 10
+
+
+# ---- pictures and folders of other kinds
+
+def test_sixteen_bits_are_scaled_and_thirty_two_refused(tmp_path):
+    ramp = np.tile(np.linspace(300, 60000, 32).astype(np.uint16), (32, 1))
+    Image.fromarray(ramp).save(tmp_path/'deep.png')
+    x = decode_image(tmp_path/'deep.png', 32)
+    assert np.array_equal(x, np.stack(3*[(ramp >> 8).astype(np.uint8)]))
+    Image.fromarray(np.random.rand(32, 32).astype(np.float32)).save(tmp_path/'float.tif')
+    with pytest.raises(ValueError, match='float.tif; the first: it has 32 bits a pixel'): decode([tmp_path/'float.tif'], 32)
+
+
+def test_a_picture_that_a_camera_marked_as_turned_is_turned(tmp_path):
+    upright = Image.new('RGB', (64, 64))
+    upright.paste('white', (0, 0, 64, 32))
+    upright.save(tmp_path/'up.png')
+    marked = Image.Exif()
+    marked[0x0112] = 6 # turned by 90 degrees
+    upright.rotate(90).save(tmp_path/'phone.jpg', exif=marked, quality=95)
+    up, phone = decode([tmp_path/'up.png', tmp_path/'phone.jpg'], 32).int()
+    assert (up - phone).abs().float().mean() < 3
+
+
+def test_other_pictures_of_the_same_names_sizes_and_times_are_not_taken_for_these(tmp_path):
+    for name, value in (('a', 0), ('b', 255)):
+        (tmp_path/name).mkdir()
+        Image.new('RGB', (8, 8), 3*(value,)).save(tmp_path/name/'img.bmp')
+        os.utime(tmp_path/name/'img.bmp', (10**9, 10**9))
+    assert [decode(tmp_path/name/'img.bmp', 8).unique().tolist() for name in 'ab'] == [[0], [255]]
+
+
+@pytest.mark.parametrize('train, test, valid', [('Train', 'Test', 'Valid'), ('training', 'testing', 'validation'), ('TRAIN', 'TEST', 'val')])
+def test_parts_are_known_by_any_of_their_names(train, test, valid, tmp_path):
+    for part, n in ((train, 6), (test, 4), (valid, 2)): write_folder(tmp_path/'set'/part, 'ab', n)
+    s = image_folder(tmp_path/'set', 16)
+    assert [len(part) for part in (s.train, s.held_out, s.test)] == [12, 4, 8]
+
+
+def test_a_folder_name_that_is_not_utf8_is_named(tmp_path):
+    for c in (b'caf\xe9', b'plain'): write_images(Path(os.fsdecode(os.fsencode(tmp_path/'old') + b'/' + c)), 4)
+    with pytest.raises(ValueError, match=r"the folder name 'caf\\udce9' isn't UTF-8"): image_folder(tmp_path/'old', 16)
+
+
+def test_a_folder_named_like_a_set_is_mentioned(tmp_path, monkeypatch):
+    write_folder(tmp_path/'synthetic', ['cat', 'dog'])
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match='write ./synthetic'): assert image_set('synthetic', n_per_class=4, size=8).n_classes == 24
+    assert image_set('./synthetic', size=8).classes == ('cat', 'dog')
+
+
+def test_arrays_are_told_from_tensors():
+    s = blank([0, 1], 2)
+    with pytest.raises(ValueError, match='images must be a torch tensor, not a ndarray'): replace(s, images=s.images.numpy())
+
+
+def test_no_pixel_is_no_size(tmp_path):
+    with pytest.raises(ValueError, match='at least one pixel a side, not 0'): decode(write_images(tmp_path/'a', 2), 0)

@@ -541,7 +541,7 @@ def test_a_classifier_of_another_kind_than_asked_for_is_named(classifier, tmp_pa
     with pytest.raises(ValueError, match='describes a HierarchicalClassifier, which is no CalibratedClassifier: use HierarchicalClassifier.load'):
         CalibratedClassifier.load(classifier.save(tmp_path/'m'))
     edit_json(tmp_path/'m', lambda d: d.update(format='mine.Forest.1'))
-    with pytest.raises(ValueError, match='import the module with its class first'): CalibratedClassifier.load(tmp_path/'m')
+    with pytest.raises(ValueError, match='its class has to be imported first'): CalibratedClassifier.load(tmp_path/'m')
 
 
 def test_saving_replaces_an_older_model(fitted, test_images, tmp_path):
@@ -687,3 +687,51 @@ def test_decompose_takes_a_flat_net_that_is_trained_already(dls):
     family = decompose(dls, flat=flat, router='MLP_8', expert='MLP_6', recipe=short, progress=False)
     assert family.flat is flat and all(torch.equal(a, b) for a, b in zip(before, flat.parameters()))
     assert family.classifier.hierarchy.gamma is None
+
+
+# ---- early errors, and nothing in the wrong place
+
+@pytest.mark.parametrize('settings, message', [
+    (dict(expert='CNN_9'), 'no network is called'), (dict(router='CNN_9'), 'no network is called'), (dict(n_clusters=10), "can't make 10 clusters"),
+    (dict(gamma=-1.), 'gamma must be positive'), (dict(expert='CNN_TL_1'), 'needs images of at least')])
+def test_decompose_refuses_before_it_trains(settings, message, dls, monkeypatch):
+    monkeypatch.setattr(hierarchical, 'fit_network', None) # nothing may be trained
+    with pytest.raises(ValueError, match=message): decompose(dls, **{**dict(flat='MLP_8', router='MLP_8', expert='MLP_6', recipe=one_epoch), **settings})
+
+
+def test_decompose_needs_held_out_images(images):
+    dls = images.dataloaders(device='cpu', bs=32)
+    dls.loaders = dls.loaders[:1]
+    with pytest.raises(ValueError, match='no held-out images'): decompose(dls, flat='MLP_8', router='MLP_8', expert='MLP_6', recipe=one_epoch)
+
+
+def test_the_home_folder_is_found_and_links_stay_links(classifier, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path/'home'))
+    monkeypatch.chdir(tmp_path)
+    assert classifier.save('~/model') == tmp_path/'home'/'model' and not (tmp_path/'~').exists()
+    HierarchicalClassifier.load('~/model')
+    (tmp_path/'latest').symlink_to(tmp_path/'home'/'model')
+    classifier.save('latest', provenance='second')
+    assert (tmp_path/'latest').is_symlink() and json.loads((tmp_path/'home'/'model'/'classifier.json').read_text())['provenance'] == 'second'
+
+
+def test_the_current_folder_is_not_replaced(classifier, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match='is the current folder'): classifier.save('.')
+
+
+def test_no_images_are_no_evaluation(classifier, images):
+    empty = images.dataloaders(device='cpu')[2]
+    empty.dataset.index = empty.dataset.index[:0]
+    with pytest.raises(ValueError, match='nothing to evaluate'): classifier.evaluate(empty)
+
+
+def test_the_seed_is_that_of_fastai_transforms_too(tmp_path):
+    from PIL import Image
+    for c in 'ab':
+        (tmp_path/c).mkdir()
+        for i in range(8): Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 32, 3), dtype=np.uint8)).save(tmp_path/c/f'{i}.png')
+    from fastai.vision.all import Resize
+    dls = ImageDataLoaders.from_folder(tmp_path, valid_pct=.3, seed=1, item_tfms=Resize(16), bs=4, device='cpu', num_workers=0) # crops at random
+    one, again = (fit_network(dls, 'MLP_8', one_epoch, seed=3) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), again.parameters()))

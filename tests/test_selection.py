@@ -589,3 +589,8 @@ def test_ray_gives_the_same_trials_though_a_worker_is_killed(images, taxonomy, t
     finally: ray.shutdown()
     assert killed and len(files(tmp_path)) == 12
     assert trials == try_candidates(dls, taxonomy, C9, several, slow)
+
+
+def test_a_wrong_confusion_is_refused_before_anything_is_trained(dls, taxonomy):
+    for C, message in ((50*np.eye(9), 'divide each row by its sum'), (np.eye(4), 'a confusion of 4 classes and a hierarchy of 9')):
+        with pytest.raises(ValueError, match=message): try_candidates(dls, taxonomy, C, ['MLP_6', 'MLP_8'], recipe('one_cycle', epochs=1), train=None)

@@ -238,7 +238,7 @@ def test_save_and_load(new_model, overlapping, dls, tmp_path, images):
 def test_unknown_kinds_are_refused_on_loading(taxonomy, dls, tmp_path):
     file = calibrate(separate(taxonomy).fit(dls), dls.valid).save(tmp_path/'sure')/'classifier.json'
     file.write_text(file.read_text().replace('hdfast.HierarchicalClassifier.1', 'elsewhere.Other.1'))
-    with pytest.raises(ValueError, match="'elsewhere.Other.1': import the module"): CalibratedClassifier.load(tmp_path/'sure')
+    with pytest.raises(ValueError, match="'elsewhere.Other.1': it was written by a newer hdfast"): CalibratedClassifier.load(tmp_path/'sure')
 
 
 def test_nested_classifiers_are_tempered_as_one_expert(dls, images):
@@ -360,3 +360,26 @@ def test_mistakes_by_hand():
     found = mistake_distances(D, [0, 1, 2, 0], [0, 0, 0, 2]) # right, near, far, far
     assert found == pytest.approx({'mistakes': 5/3, 'all': 5/4, 'guess': (3*1.5 + 2)/4})
     assert np.isnan(mistake_distances(D, [0], [0])['mistakes']) and mistake_distances(D, [0], [0])['all'] == 0
+
+
+# ---- what calibration must not do
+
+def test_images_of_other_classes_are_refused(new_model, taxonomy, images, dls):
+    from dataclasses import replace
+    model = new_model(taxonomy).fit(dls)
+    other = replace(images, classes=images.classes[::-1], superclasses=None).dataloaders(device='cpu')
+    with pytest.raises(ValueError, match='hierarchy is of other classes'): calibrate(model, other.valid)
+
+
+def test_without_a_mistake_nothing_is_learnt():
+    n = 60
+    p, q = torch.tensor([[.9, .1]]).expand(n, 2), [torch.tensor([[.6, .4]]), torch.tensor([[.5, .3, .2]])]
+    right = Opinions(toy, p, lambda i, rows: q[i].expand(len(rows), -1), np.zeros(n, int))
+    assert fit_temperatures(right) == Temperatures(1., [1., 1.], 1.)
+    wrong = Opinions(toy, p, right.ask, np.r_[np.ones(20, int), np.zeros(n - 20, int)]) # the expert is at fault, not the router
+    assert fit_temperatures(wrong).router == 1. and fit_temperatures(wrong).experts[0] != 1.
+
+
+def test_confidences_and_clusters_are_not_mixed_up():
+    P = random_probs(0)
+    with pytest.raises(ValueError, match='not of 5 classes and 2 clusters'): stop_at_cluster(cluster_sums(P, toy), P, toy, .5)
