@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['repository', 'FAMILIES', 'pages_folder', 'EXPERIMENTS', 'use_device', 'device_name', 'provenance', 'Family',
            'hierarchy_rows', 'runs_of', 'summarise', 'paper_table', 'write_aside', 'save_result', 'save_figure',
-           'load_result', 'caption', 'paired_interval', 'Experiment']
+           'load_result', 'caption', 'earlier_result', 'paired_interval', 'Experiment']
 
 # %% ../nbs/80_experiments.ipynb #90864d6f
 import json, os, platform, subprocess, time
@@ -225,15 +225,45 @@ def load_result(
     if not file.exists(): raise FileNotFoundError(f"{name} hasn't been run: there is no {file}; `hdfast reproduce --profile paper --only {name} --out {out}` makes it")
     return pd.read_csv(file.with_suffix('.csv'), dtype={'clusters': str, 'gamma': str}), json.loads(file.read_text(encoding='utf-8'))
 
+def _commit_of(made): return (made['git_sha'] or 'unknown')[:10] + (' with changes' if made['git_dirty'] else '')
+
 def caption(
     about:dict, # provenance, from `load_result`
 ) -> str:
     "Profile, runs or repeats, device, versions and commit of a result in one line."
     p, m = about['parameters'], about['provenance']
-    commit = (m['git_sha'] or 'unknown')[:10] + (' with changes' if m['git_dirty'] else '')
+    commit = '; '.join([_commit_of(m), *(f"{', '.join(before['runs'])} by {_commit_of(before)}" for before in m.get('earlier', ()))])
     rule = p.get('recipe_name', p.get('how', 'paper'))
     times = [f"{p['runs']} run(s) of {p['epochs']} epochs, recipe {rule}"] if 'runs' in p else [f"{p['repeats']} repeats"] if 'repeats' in p else []
     return ', '.join([f"profile {m['profile']}", *times, m['device'], m.get('arithmetic', 'float32'), f"torch {m['versions']['torch']}", f'commit {commit}'])
+
+# %% ../nbs/80_experiments.ipynb #80c1a006
+def earlier_result(
+    folder,          # with a result of fewer runs; '' for none
+    name:str,        # of the experiment
+    parameters:dict, # of the page that goes on from there
+    made_by:dict,    # `provenance` of the page
+) -> tuple:          # rows of the runs that are there (list of dicts), what is known about them and the page together (dict)
+    "What the runs of an earlier result gave; ValueError unless it was made in the same way, by the first runs of those wanted."
+    if not folder: return [], dict(provenance=made_by)
+    about, rows = load_result(folder, name)[1], pd.read_csv(Path(folder)/f'{name}_runs.csv')
+    wanted, there = [run for run, *_ in runs_of(parameters['dataset'], parameters['runs'], parameters['seed'])], list(dict.fromkeys(rows.run))
+    if there != wanted[:len(there)] or len(there) >= len(wanted):
+        raise ValueError(f"{name} in {folder} has {', '.join(there)}: nothing to go on from for {', '.join(wanted)}")
+    _check_same(f'{name} in {folder}', _circumstances(about['parameters'], about['provenance']), _circumstances(parameters, made_by))
+    before = about['provenance']
+    older = before.pop('earlier', [])
+    earlier = [*older, before | dict(runs=there[sum(len(e['runs']) for e in older):])]
+    return rows.to_dict('records'), about | dict(provenance=made_by | dict(earlier=earlier))
+
+def _circumstances(parameters, made):
+    "What has to be the same for runs to stand in one table."
+    return {k: v for k, v in parameters.items() if k != 'runs'} | {k: made[k] for k in ('profile', 'device', 'arithmetic')}
+
+def _check_same(what, there, wanted):
+    "ValueError that names the first difference."
+    for k in wanted:
+        if there.get(k) != wanted[k]: raise ValueError(f"{what} was made with {k} {there.get(k)!r}, not {wanted[k]!r}")
 
 # %% ../nbs/80_experiments.ipynb #80c1a003
 def paired_interval(
