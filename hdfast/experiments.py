@@ -343,6 +343,7 @@ _wide = 'wide trunk, batch norm, drop'
 _best = [f'{_wide}, tied', f'{_wide}, one cluster']
 _slim = [name.replace('wide', 'slim') for name in _best]
 _twins = [*(f'{name}, other seed' for name in _best), f'{_wide}, tied, max_size 10'] # for ensembles
+_balanced = [f'{_wide}, tied, balanced'] # where classes differ in size
 _few = ["the paper's hierarchy", 'shared trunk', 'shared trunk, tied', _wide, f'{_wide}, linear experts', *_best, *_slim, 'HD-CNN', *_twins]
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
 
@@ -356,7 +357,7 @@ def _trunks(dataset, how):
     "The shared-trunk experiments on real images."
     shared = dict(epochs=RECIPES[how].epochs, max_size=5)
     cpu, paper = shared | dict(precision='bfloat16', flats=_cnns[:2]), shared | dict(flats=_cnns)
-    yield _trunk(dataset, how, cpu=cpu | dict(runs=1, flats=_cnns, variants=_few), paper=paper | dict(runs=3, variants=[]))
+    yield _trunk(dataset, how, cpu=cpu | dict(runs=1, flats=_cnns, variants=_few + _balanced*(dataset == 'caltech101')), paper=paper | dict(runs=3, variants=[]))
     yield _trunk(dataset, how, f'trunk_best_{dataset}_{how}', cpu=cpu | dict(runs=3, variants=_best), paper=paper | dict(runs=6, variants=_best))
     yield _trunk(dataset, how, f'trunk_trial_{dataset}_{how}', paper=paper | dict(runs=1, variants=[]))
 
