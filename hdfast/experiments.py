@@ -251,9 +251,10 @@ def earlier_result(
     if there != wanted[:len(there)] or len(there) >= len(wanted):
         raise ValueError(f"{name} in {folder} has {', '.join(there)}: nothing to go on from for {', '.join(wanted)}")
     _check_same(f'{name} in {folder}', _circumstances(about['parameters'], about['provenance']), _circumstances(parameters, made_by))
-    before = about['provenance']
+    before = about.pop('provenance')
     older = before.pop('earlier', [])
     earlier = [*older, before | dict(runs=there[sum(len(e['runs']) for e in older):])]
+    del about['name'] # `save_result` writes it
     return rows.to_dict('records'), about | dict(provenance=made_by | dict(earlier=earlier))
 
 def _circumstances(parameters, made):
