@@ -73,28 +73,26 @@ def reproduce(
     device:str=None,     # cpu, cuda or mps (default: the best there is)
     timeout:float=None,  # minutes after which a page is stopped (default: none)
     again:bool=False,    # also run what is finished
-    earlier:Annotated[str, dict(metavar='DIR')]=None, # go on from results there that have fewer runs: only the missing ones are trained
     list:bool=False,     # list the experiments, say which have a result in DIR, and run none
 ) -> int: # exit status
     "Run the paper's experiments, and print their tables and where the figures are."
     from hdfast import experiments, runner
     todo, out = runner.select(profile, only), Path(out or Path('runs')/profile)
     if list: return _list_experiments(experiments.EXPERIMENTS.values(), out)
-    _check_run(out, jobs, timeout, earlier)
+    _check_run(out, jobs, timeout)
     device = str(_device(device)) if device else None
     print(f"Profile {profile}: {len(todo)} experiment{'s'*(len(todo) > 1)}, {', '.join(e.name for e in todo)}\n"
           f'Time: {DURATIONS[profile]}. Results go to {out}.', flush=True)
-    found = runner.reproduce(profile, only, out, earlier, jobs=jobs, device=device, timeout=timeout and 60*timeout, again=again, say=_say)
+    found = runner.reproduce(profile, only, out, jobs=jobs, device=device, timeout=timeout and 60*timeout, again=again, say=_say)
     return int(any(isinstance(o, Exception) for o in found.values()))
 
 def _say(line): print(line, flush=True)
 
 # %% ../nbs/90_cli.ipynb #8b1d2ee8
-def _check_run(out, jobs=1, timeout=None, earlier=None):
+def _check_run(out, jobs, timeout):
     "ValueError about settings of `reproduce` that can't work."
     if find_spec('papermill') is None: raise ValueError("this needs papermill and ipykernel: pip install 'hdfast[reproduce]'")
     if out.exists() and not out.is_dir(): raise ValueError(f'--out {out} is a file; it must be a folder, or not be there yet')
-    if earlier and not Path(earlier).expanduser().is_dir(): raise ValueError(f'--earlier {earlier}: there is no such folder')
     if jobs < 1: raise ValueError(f'--jobs {jobs}: at least one page has to run')
     if timeout is not None and not timeout > 0: raise ValueError(f'--timeout {timeout:g}: it is a number of minutes, more than 0')
 
@@ -433,7 +431,7 @@ def bench(
     "Time hdfast beside fastai, plain PyTorch, SciPy and one flat network, and print the ratios."
     from hdfast import experiments, runner
     names, out = _benchmarks(profile, only), Path(out)
-    _check_run(out)
+    _check_run(out, 1, None)
     print(f"{len(names)} benchmark{'s'*(len(names) > 1)}, {', '.join(names)}; each is timed alone, so let the machine do nothing else. Results go to {out}.", flush=True)
     r = runner.Runner(out, device=device and str(_device(device)), again=True, say=_say)
     found = r.run_all([t for e in runner.select(profile, names) for t in r.tasks_of(e, profile)])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['repository', 'FAMILIES', 'pages_folder', 'EXPERIMENTS', 'use_device', 'device_name', 'provenance', 'Family',
            'hierarchy_rows', 'runs_of', 'summarise', 'paper_table', 'write_aside', 'save_result', 'save_figure',
-           'load_result', 'caption', 'earlier_result', 'paired_interval', 'Experiment']
+           'load_result', 'makers', 'commits', 'caption', 'earlier_runs', 'paired_interval', 'Experiment']
 
 # %% ../nbs/80_experiments.ipynb #90864d6f
 import json, os, platform, subprocess, time
@@ -225,41 +225,53 @@ def load_result(
     if not file.exists(): raise FileNotFoundError(f"{name} hasn't been run: there is no {file}; `hdfast reproduce --profile paper --only {name} --out {out}` makes it")
     return pd.read_csv(file.with_suffix('.csv'), dtype={'clusters': str, 'gamma': str}), json.loads(file.read_text(encoding='utf-8'))
 
-def _commit_of(made): return (made['git_sha'] or 'unknown')[:10] + (' with changes' if made['git_dirty'] else '')
+def makers(
+    made:dict, # provenance
+) -> list:     # of provenances
+    "All that contributed runs to a result, the earliest first."
+    return [*made.get('earlier', ()), made]
+
+def commits(
+    made:dict, # provenance
+) -> str:
+    "The commit behind a result, or each with its runs if there were several."
+    named = lambda m: (m['git_sha'] or 'unknown')[:10] + (' with changes' if m['git_dirty'] else '')
+    return ', '.join(f"{named(m)} ({', '.join(m['runs'])})" for m in makers(made)) if 'earlier' in made else named(made)
 
 def caption(
     about:dict, # provenance, from `load_result`
 ) -> str:
     "Profile, runs or repeats, device, versions and commit of a result in one line."
     p, m = about['parameters'], about['provenance']
-    commit = '; '.join([_commit_of(m), *(f"{', '.join(before['runs'])} by {_commit_of(before)}" for before in m.get('earlier', ()))])
+    torches = ' and '.join(dict.fromkeys(x['versions']['torch'] for x in makers(m)))
     rule = p.get('recipe_name', p.get('how', 'paper'))
     times = [f"{p['runs']} run(s) of {p['epochs']} epochs, recipe {rule}"] if 'runs' in p else [f"{p['repeats']} repeats"] if 'repeats' in p else []
-    return ', '.join([f"profile {m['profile']}", *times, m['device'], m.get('arithmetic', 'float32'), f"torch {m['versions']['torch']}", f'commit {commit}'])
+    return ', '.join([f"profile {m['profile']}", *times, m['device'], m.get('arithmetic', 'float32'), f'torch {torches}', f"commit{'s'*('earlier' in m)} {commits(m)}"])
 
 # %% ../nbs/80_experiments.ipynb #80c1a006
-def earlier_result(
+def earlier_runs(
     folder,          # with a result of fewer runs; '' for none
     name:str,        # of the experiment
-    parameters:dict, # of the page that goes on from there
+    wanted,          # names of all runs that the page wants, in order
+    parameters:dict, # of the page
     made_by:dict,    # `provenance` of the page
-) -> tuple:          # rows of the runs that are there (list of dicts), what is known about them and the page together (dict)
-    "What the runs of an earlier result gave; ValueError unless it was made in the same way, by the first runs of those wanted."
-    if not folder: return [], dict(provenance=made_by)
+    leave_out=(),    # columns that aren't taken over
+) -> tuple:          # rows of the runs that are there (list of dicts), provenance of them and the page together
+    "What the first of the wanted runs gave; ValueError if they were made otherwise, or are other runs."
+    if not folder: return [], made_by
     about, rows = load_result(folder, name)[1], pd.read_csv(Path(folder)/f'{name}_runs.csv')
-    wanted, there = [run for run, *_ in runs_of(parameters['dataset'], parameters['runs'], parameters['seed'])], list(dict.fromkeys(rows.run))
+    there = list(rows.run.unique())[:about['parameters']['runs']]
     if there != wanted[:len(there)] or len(there) >= len(wanted):
         raise ValueError(f"{name} in {folder} has {', '.join(there)}: nothing to go on from for {', '.join(wanted)}")
-    _check_same(f'{name} in {folder}', _circumstances(about['parameters'], about['provenance']), _circumstances(parameters, made_by))
-    before = about.pop('provenance')
-    older = before.pop('earlier', [])
-    earlier = [*older, before | dict(runs=there[sum(len(e['runs']) for e in older):])]
-    del about['name'] # `save_result` writes it
-    return rows.to_dict('records'), about | dict(provenance=made_by | dict(earlier=earlier))
+    before = dict(runs=there) | about['provenance'] | {k: about[k] for k in ('wall_seconds', 'diverged') if k in about}
+    _check_same(f'{name} in {folder}', _circumstances(about['parameters'], before), _circumstances(parameters, made_by))
+    rows = rows[rows.run.isin(there)].drop(columns=list(leave_out))
+    return rows.to_dict('records'), made_by | dict(runs=wanted[len(there):], earlier=makers(before))
 
 def _circumstances(parameters, made):
-    "What has to be the same for runs to stand in one table."
-    return {k: v for k, v in parameters.items() if k != 'runs'} | {k: made[k] for k in ('profile', 'device', 'arithmetic')}
+    "What has to be the same for runs to stand in one table: not the number of threads, nor the commit."
+    device = made['device'].split(',')[0]
+    return {k: v for k, v in parameters.items() if k != 'runs'} | dict(profile=made['profile'], device=device, arithmetic=made['arithmetic'])
 
 def _check_same(what, there, wanted):
     "ValueError that names the first difference."

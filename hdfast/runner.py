@@ -93,27 +93,17 @@ def tasks_of(
     profile:str,   # one of the experiment's profiles
     out,           # folder for results
     jobs:int=1,    # pages at once
-    earlier=None,  # folder with results of fewer runs, for pages that go on from them
 ) -> list:         # of `Task`; FileNotFoundError without the page, ValueError if it doesn't take the parameters
     "The tasks of an experiment: itself and, before it, its single runs if that saves time."
     page, out = pages_folder/e.page, Path(out)
     parameters = e.parameters | e.profiles[profile] | dict(profile=profile, out=str(out))
     if not page.exists(): raise FileNotFoundError(f"{page} isn't there: experiments run in a clone of the repository")
     check_page(page, parameters)
-    n, knows = parameters.get('runs', 1), page_parameters(page).keys()
-    there = _runs_there(earlier, e.name, n) if 'earlier' in knows else 0
-    goes_on = dict(earlier=str(Path(earlier).expanduser().resolve())) if there else {}
-    whole, todo = Task(e.name, page, parameters | goes_on, tuple(e.needs), e.alone), range(there, n)
-    if jobs == 1 or len(todo) <= 1 or not SPLIT <= knows: return [whole]
+    whole, n = Task(e.name, page, parameters, tuple(e.needs), e.alone), parameters.get('runs', 1)
+    if jobs == 1 or n == 1 or not SPLIT <= page_parameters(page).keys(): return [whole]
     apart = dict(runs=1, out=str(out/'pages'/'parts'), networks=str(out/'networks'))
-    parts = [replace(whole, name=(name := f'{e.name}.{i+1}'), parameters=parameters | apart | dict(first=i, name=name), alone=False, part=True) for i in todo]
+    parts = [replace(whole, name=(name := f'{e.name}.{i+1}'), parameters=parameters | apart | dict(first=i, name=name), alone=False, part=True) for i in range(n)]
     return [*parts, replace(whole, needs=tuple(p.name for p in parts))]
-
-def _runs_there(folder, name, n):
-    "How many of `n` runs a result has; 0 without a result, or if nothing is missing."
-    file = folder and Path(folder).expanduser()/f'{name}.json'
-    there = json.loads(file.read_text(encoding='utf-8'))['parameters'].get('runs', 0) if file and file.exists() else 0
-    return there if there < n else 0
 
 # %% ../nbs/85_runner.ipynb #b33a2c46
 def page_version(
@@ -426,14 +416,13 @@ def reproduce(
     profile:str='smoke', # 'smoke', 'cpu' or 'paper'
     only=None,           # names of experiments
     out=None,            # folder for results; default runs/<profile>
-    earlier=None,        # folder with results of fewer runs to go on from
     **settings,          # to `Runner`: jobs, device, timeout, again
 ) -> dict:               # name -> what the page wrote, or the exception
     "Run experiments, and print the tables and the paths of the figures."
     if find_spec('papermill') is None or psutil is None:
         raise RuntimeError("running experiments needs papermill and ipykernel: pip install 'hdfast[reproduce]'")
     runner, experiments = Runner(out or Path('runs')/profile, **settings), select(profile, only)
-    found = runner.run_all([t for e in experiments for t in runner.tasks_of(e, profile, earlier)])
+    found = runner.run_all([t for e in experiments for t in runner.tasks_of(e, profile)])
     for e in experiments: _print_result(runner.out, e.name, found[e.name])
     try: print(f'\neverything beside the paper: {write_summary(runner.out)}')
     except OSError as e: print(f'\nno summary: {e}') # a full disk
@@ -443,9 +432,9 @@ def reproduce(
 
 # %% ../nbs/85_runner.ipynb #41eac8b4
 @patch
-def tasks_of(self:Runner, e, profile, earlier=None):
+def tasks_of(self:Runner, e, profile):
     "The tasks of an experiment: without its parts, if it is finished."
-    tasks = tasks_of(e, profile, self.out, self.jobs, earlier)
+    tasks = tasks_of(e, profile, self.out, self.jobs)
     return tasks[-1:] if not self.again and finished(tasks[-1], self.out, self.device) else tasks
 
 # %% ../nbs/85_runner.ipynb #92c4312c

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .experiments import EXPERIMENTS, load_result, write_aside
+from .experiments import EXPERIMENTS, commits, load_result, write_aside
 
 # %% ../nbs/82_summary.ipynb #73b0d5b4
 @dataclass(frozen=True)
@@ -171,8 +171,7 @@ def lines_of(
     "The numbers of an experiment that belong to an item, each beside the paper's."
     table, about = load_result(out, name)
     made = about['provenance']
-    commit = (made['git_sha'] or 'unknown')[:10] + ('+' if made['git_dirty'] else '')
-    told = dict(profile=made['profile'], device=made['device'], commit=commit)
+    told = dict(profile=made['profile'], device=made['device'], commit=commits(made))
     return [dict(item=item.name, experiment=name, **_marked(line, item, name, about), **told if 'ours' in line else {}) for line in _lines(item, name, table, about, out)]
 
 def _lines(item, name, table, about, out):
@@ -229,8 +228,7 @@ def _shown(column):
 
 _head = ('Every table and figure of the paper, and what goes beyond it. Accuracies are in percent on test images, mean and standard deviation over n runs. HC is the share of images sent to the home cluster of their class, FC the share whose class is right; memory is in megabytes. '
          'Written by `hdfast reproduce` from the result files in this folder. A full circle (●) marks a row of the paper that reaches our profile `paper` in full: '
-         'its epochs and runs, in float32. What the paper leaves open, such as the batch size and the number of seeds, is our choice. An open circle (○) says what is missing; such a number is no reproduction of the paper\'s. '
-         'A plus behind a commit: files had changed since.')
+         'its epochs and runs, in float32. What the paper leaves open, such as the batch size and the number of seeds, is our choice. An open circle (○) says what is missing; such a number is no reproduction of the paper\'s.')
 
 # %% ../nbs/82_summary.ipynb #c05a8fa6
 def _sections(out):

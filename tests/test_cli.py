@@ -275,7 +275,6 @@ BAD = {
     'bench into a file': (['bench', '--out', '{file}'], 'is a file'),
     'experiment': (['reproduce', '--only', 'table_9'], 'no experiment table_9; it has mlp_synthetic'),
     'jobs': (['reproduce', '--jobs', '0'], '--jobs 0: at least one'),
-    'earlier': (['reproduce', '--earlier', '{new}'], 'there is no such folder'),
     'timeout': (['reproduce', '--timeout', '0'], '--timeout 0: it is a number of minutes'),
     'device of reproduce': (['reproduce', '--device', 'abacus'], "'cpu' always works"),
     'reproduce into a file': (['reproduce', '--out', '{file}'], 'is a file'),
@@ -405,15 +404,15 @@ def runs(monkeypatch):
     return runs
 
 
-def test_reproduce_says_what_it_will_do(runs, tmp_path, capsys):
+def test_reproduce_says_what_it_will_do(runs, capsys):
     assert main(['reproduce', '--only', 'mlp_synthetic']) == 0
     out = capsys.readouterr().out
     assert 'Profile smoke: 1 experiment, mlp_synthetic' in out and 'Results go to runs/smoke' in out
     assert main(['reproduce', '--only', 'cnn_cifar100', 'mlp_cifar100', '--only', 'mlp_caltech101', '--profile', 'paper', '--out', 'there',
-                 '--jobs', 4, '--device', 'cpu', '--timeout', 2, '--again', '--earlier', tmp_path]) == 0
+                 '--jobs', 4, '--device', 'cpu', '--timeout', 2, '--again']) == 0
     assert '3 experiments, mlp_caltech101, mlp_cifar100, cnn_cifar100' in capsys.readouterr().out
-    assert runs.called == [('smoke', ['mlp_synthetic'], Path('runs/smoke'), None, dict(jobs=1, device=None, timeout=None, again=False)),
-        ('paper', ['cnn_cifar100', 'mlp_cifar100', 'mlp_caltech101'], Path('there'), str(tmp_path), dict(jobs=4, device='cpu', timeout=120, again=True))]
+    assert runs.called == [('smoke', ['mlp_synthetic'], Path('runs/smoke'), dict(jobs=1, device=None, timeout=None, again=False)),
+        ('paper', ['cnn_cifar100', 'mlp_cifar100', 'mlp_caltech101'], Path('there'), dict(jobs=4, device='cpu', timeout=120, again=True))]
 
 
 def test_reproduce_fails_with_1(runs):

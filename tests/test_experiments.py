@@ -1,53 +1,98 @@
 "What experiments keep: a result that grows by further runs, and says which commit made which of them."
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
-from hdfast.experiments import caption, earlier_result, load_result, provenance, save_result
+from hdfast.experiments import EXPERIMENTS, caption, commits, earlier_runs, load_result, provenance, save_result
 
 WANTED = dict(dataset='caltech101', seed=0, epochs=3, how='paper', variants=['a', 'b'])
+
+
+def folds(*numbers): return [f'fold {i}' for i in numbers]
 
 
 def made(sha): return provenance('smoke') | dict(git_sha=sha, git_dirty=False)
 
 
-def keep(folder, rows, about, runs): save_result(folder, 'r', pd.DataFrame(rows), pd.DataFrame(rows), about | dict(parameters=WANTED | dict(runs=runs)))
+def rows_of(runs, **more): return [dict(run=run, model=m, FC=i + .5, **more) for i, run in enumerate(runs) for m in 'ab']
 
 
-def rows_of(*folds): return [dict(run=f'fold {i}', model=m, FC=i + .5) for i in folds for m in 'ab']
+def keep(folder, rows, made_by, runs, **about):
+    save_result(folder, 'r', pd.DataFrame(rows), pd.DataFrame(rows), dict(parameters=WANTED | dict(runs=runs), provenance=made_by, **about))
 
 
 def test_without_an_earlier_result_there_is_nothing(tmp_path):
-    assert earlier_result('', 'r', WANTED | dict(runs=2), made('x')) == ([], dict(provenance=made('x')))
-    with pytest.raises(FileNotFoundError, match="r hasn't been run"): earlier_result(tmp_path, 'r', WANTED | dict(runs=2), made('x'))
+    assert earlier_runs('', 'r', folds(0, 1), WANTED, made('x')) == ([], made('x'))
+    with pytest.raises(FileNotFoundError, match="r hasn't been run"): earlier_runs(tmp_path, 'r', folds(0, 1), WANTED, made('x'))
 
 
 def test_a_result_grows_twice_and_every_run_keeps_its_commit(tmp_path):
-    keep(tmp_path, rows_of(0), dict(provenance=made('first'), diverged=['something']), 1)
-    for sha, there, runs in (('second', 1, 3), ('third', 3, 4)):
-        rows, about = earlier_result(tmp_path, 'r', WANTED | dict(runs=runs), made(sha))
-        assert rows == rows_of(*range(there)) and about['diverged'] == ['something']
-        keep(tmp_path, rows + rows_of(*range(there, runs)), about, runs)
+    old = made('first') | dict(versions=made('')['versions'] | dict(torch='1.0'))
+    keep(tmp_path, rows_of(folds(0)), old, 1, wall_seconds=7, diverged=['b'])
+    for sha, there, wanted in (('second', folds(0), folds(0, 1, 2)), ('third', folds(0, 1, 2), folds(0, 1, 2, 3))):
+        rows, by = earlier_runs(tmp_path, 'r', wanted, WANTED, made(sha))
+        assert rows == rows_of(there)
+        keep(tmp_path, rows_of(wanted), by, len(wanted))
     about = load_result(tmp_path, 'r')[1]
-    assert [(e['git_sha'], e['runs']) for e in about['provenance']['earlier']] == [('first', ['fold 0']), ('second', ['fold 1', 'fold 2'])]
-    assert caption(about).endswith('commit third; fold 0 by first; fold 1, fold 2 by second')
-    assert json.loads((tmp_path/'r.json').read_text())['provenance']['git_sha'] == 'third'
+    assert commits(about['provenance']) == 'first (fold 0), second (fold 1, fold 2), third (fold 3)'
+    assert caption(about).endswith(f"torch 1.0 and {made('')['versions']['torch']}, commits first (fold 0), second (fold 1, fold 2), third (fold 3)")
+    first = json.loads((tmp_path/'r.json').read_text())['provenance']['earlier'][0]
+    assert (first['wall_seconds'], first['diverged']) == (7, ['b'])
+
+
+def test_costs_are_left_to_the_new_runs(tmp_path):
+    keep(tmp_path, rows_of(folds(0), macs=9), made('x'), 1)
+    assert earlier_runs(tmp_path, 'r', folds(0, 1), WANTED, made('y'), ['macs'])[0] == rows_of(folds(0))
+
+
+def test_rows_beyond_the_runs_that_are_told_are_not_believed(tmp_path):
+    keep(tmp_path, rows_of(folds(0, 1)), made('x'), 1) # ended between two files
+    assert earlier_runs(tmp_path, 'r', folds(0, 1), WANTED, made('y'))[0] == rows_of(folds(0))
 
 
 @pytest.mark.parametrize('change, message', [(dict(epochs=4), 'made with epochs 3, not 4'), (dict(variants=['a']), r"made with variants \['a', 'b'\], not"),
-    (dict(how='one_cycle'), "how 'paper', not 'one_cycle'"), (dict(runs=2), 'has fold 0, fold 1: nothing to go on from'), (dict(dataset='cifar100'), 'nothing to go on from for seed 0')])
-def test_only_runs_made_in_the_same_way_are_taken(tmp_path, change, message):
-    keep(tmp_path, rows_of(0, 1), dict(provenance=made('x')), 2)
-    with pytest.raises(ValueError, match=message): earlier_result(tmp_path, 'r', WANTED | dict(runs=3) | change, made('y'))
+    (dict(how='one_cycle'), "how 'paper', not 'one_cycle'")])
+def test_runs_made_otherwise_are_refused(tmp_path, change, message):
+    keep(tmp_path, rows_of(folds(0)), made('x'), 1)
+    with pytest.raises(ValueError, match=message): earlier_runs(tmp_path, 'r', folds(0, 1), WANTED | change, made('y'))
 
 
 @pytest.mark.parametrize('what, other', [('profile', 'cpu'), ('device', 'abacus'), ('arithmetic', 'float16')])
 def test_other_circumstances_are_refused(tmp_path, what, other):
-    keep(tmp_path, rows_of(0), dict(provenance=made('x')), 1)
-    with pytest.raises(ValueError, match=f'made with {what}'): earlier_result(tmp_path, 'r', WANTED | dict(runs=2), made('y') | {what: other})
+    keep(tmp_path, rows_of(folds(0)), made('x'), 1)
+    with pytest.raises(ValueError, match=f'made with {what}'): earlier_runs(tmp_path, 'r', folds(0, 1), WANTED, made('y') | {what: other})
 
 
-def test_runs_that_do_not_begin_with_the_first_are_refused(tmp_path):
-    keep(tmp_path, rows_of(1), dict(provenance=made('x')), 1)
-    with pytest.raises(ValueError, match='has fold 1: nothing to go on from for fold 0, fold 1'): earlier_result(tmp_path, 'r', WANTED | dict(runs=2), made('y'))
+def test_the_number_of_threads_may_differ(tmp_path):
+    keep(tmp_path, rows_of(folds(0)), made('x') | dict(device='abacus, 1 thread(s)'), 1)
+    assert len(earlier_runs(tmp_path, 'r', folds(0, 1), WANTED, made('y') | dict(device='abacus, 4 thread(s)'))[0]) == 2
+
+
+@pytest.mark.parametrize('there, wanted', [(folds(0, 1), folds(0, 1)), (folds(1), folds(0, 1)), (folds(0), folds(1, 2)), (folds(0), ['seed 0', 'seed 1'])])
+def test_only_the_first_of_the_wanted_runs_can_be_gone_on_from(tmp_path, there, wanted):
+    keep(tmp_path, rows_of(there), made('x'), len(there))
+    with pytest.raises(ValueError, match=f"has {', '.join(there)}: nothing to go on from for {', '.join(wanted)}"): earlier_runs(tmp_path, 'r', wanted, WANTED, made('y'))
+
+
+def test_a_page_grows_to_what_it_gives_at_once(tmp_path, monkeypatch):
+    pytest.importorskip('papermill')
+    from hdfast import runner
+    small = dict(epochs=1, flats=['CNN_2', 'CNN_3'], variants=['shared trunk, tied'], max_size=4, networks=str(tmp_path/'networks'))
+    order = ['run', 'model', 'routing']
+    def run(out, **parameters):
+        monkeypatch.setattr(runner, 'EXPERIMENTS', {'trunk_synthetic': replace(EXPERIMENTS['trunk_synthetic'], profiles={'smoke': small | parameters})})
+        found = runner.reproduce('smoke', None, tmp_path/out, device='cpu', say=str)['trunk_synthetic']
+        assert isinstance(found, dict), found
+        return pd.read_csv(tmp_path/out/'trunk_synthetic_runs.csv').drop(columns='images_a_second').sort_values(order, ignore_index=True), load_result(tmp_path/out, 'trunk_synthetic')
+    run('one', runs=1)
+    (grown, (table, about)), (whole, (at_once, _)) = run('grown', runs=2, earlier=str(tmp_path/'one')), run('whole', runs=2)
+    costs = ['macs', 'parameters', 'memory']
+    assert grown[grown.run == 'seed 0'][costs].isna().all(axis=None) and grown[grown.run == 'seed 1'].notna().macs.all()
+    pd.testing.assert_frame_equal(grown.drop(columns=costs), whole.drop(columns=costs), rtol=1e-5)
+    shown = ['model', 'routing', 'accuracy', 'sd', 'margin', 'margin low', 'above best', 'held-out', 'n']
+    pd.testing.assert_frame_equal(table[shown], at_once[shown], rtol=0, atol=1e-3) # rows are read from a file with six digits
+    flat = table.routing == 'flat'
+    pd.testing.assert_series_equal(table[flat].macs, at_once[flat].macs)
+    assert about['provenance']['runs'] == ['seed 1'] and about['provenance']['earlier'][0]['runs'] == ['seed 0']

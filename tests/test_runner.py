@@ -259,22 +259,6 @@ def test_runs_are_split_and_put_together(pages, run, tmp_path, lines):
     assert not [line for line in lines if '|' in line]
 
 
-@pytest.mark.parametrize('there, trained', [(1, ['page.2', 'page.3', 'page']), (2, ['page']), (3, ['page.1', 'page.2', 'page.3', 'page']), (0, ['page.1', 'page.2', 'page.3', 'page'])])
-def test_runs_of_an_earlier_result_are_not_trained_again(pages, tmp_path, there, trained):
-    e = pages('page', SAVE, parameters=dict(runs=3))
-    write_page(runner.pages_folder/e.page, SAVE, parameters=PARAMETERS + "\nearlier = ''")
-    if there: (tmp_path/'page.json').write_text(json.dumps(dict(parameters=dict(runs=there))))
-    tasks = tasks_of(e, 'smoke', tmp_path/'out', jobs=2, earlier=tmp_path)
-    assert [t.name for t in tasks] == trained
-    assert [t.parameters.get('earlier') for t in tasks] == [None]*(len(tasks) - 1) + [str(tmp_path) if 0 < there < 3 else None]
-
-
-def test_a_page_that_cannot_go_on_from_earlier_runs_trains_all(pages, tmp_path):
-    e = pages('page', SAVE, parameters=dict(runs=3))
-    (tmp_path/'page.json').write_text(json.dumps(dict(parameters=dict(runs=2))))
-    assert len(tasks_of(e, 'smoke', tmp_path/'out', jobs=2, earlier=tmp_path)) == 4
-
-
 def test_a_part_that_fails_blocks_the_whole(pages, run):
     pages('page', "assert first != 1", SAVE, parameters=dict(runs=2))
     assert 'blocked: it needs page.2' in why(run(jobs=2), 'page')
