@@ -362,9 +362,10 @@ def _read(file, size):
 
 # %% ../nbs/90_cli.ipynb #8869c752
 def _answers(model, images, top):
-    "For each image its cluster and its `top` classes, as (name, probability)."
+    "For each image its cluster and its `top` classes, as (name, probability of cluster and class)."
     import numpy as np, torch
     clusters, probs = model._clusters_and_classes(torch.from_numpy(np.stack(images)))
+    probs = clusters.max(1, keepdims=True)*probs
     best = probs.argsort(1)[:, ::-1][:, :top]
     named = lambda row, ids: [(model.hierarchy.classes[c], round(float(row[c]), 6)) for c in ids]
     return [(int(q), named(row, ids)) for q, row, ids in zip(clusters.argmax(1), probs, best)]

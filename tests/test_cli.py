@@ -181,7 +181,8 @@ def predicted(capsys, *argv):
 def test_predict_is_load_and_predict(family, image_folder, capsys):
     files = sorted(image_folder.rglob('*.png'))
     model, x = HierarchicalClassifier.load(family/'model'), datasets.decode(files, 16)
-    rows, probs, classes = predicted(capsys, family, image_folder, '--top', 2), model.predict_proba(x), model.hierarchy.classes
+    rows, classes = predicted(capsys, family, image_folder, '--top', 2), model.hierarchy.classes
+    probs = model.cluster_proba(x).max(1, keepdims=True)*model.predict_proba(x) # of the cluster and the class
     assert [r['path'] for r in rows] == list(map(str, files))
     assert [r['class'] for r in rows] == [classes[c] for c in model.predict(x)]
     np.testing.assert_allclose([r['probability'] for r in rows], probs.max(1), atol=2e-6)
