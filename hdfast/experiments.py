@@ -356,8 +356,9 @@ _wide = 'wide trunk, batch norm, drop'
 _best = [f'{_wide}, tied', f'{_wide}, one cluster']
 _slim = [name.replace('wide', 'slim') for name in _best]
 _twins = [*(f'{name}, other seed' for name in _best), f'{_wide}, tied, max_size 10'] # for ensembles
+_normed = ['CNN_1, batch norm, drop'] # what CNN_1 gains from the wide trunk's other changes
 _balanced = [f'{_wide}, tied, balanced'] # where classes differ in size
-_few = ["the paper's hierarchy", 'shared trunk', 'shared trunk, tied', _wide, f'{_wide}, linear experts', *_best, *_slim, 'HD-CNN', *_twins]
+_few = ["the paper's hierarchy", 'shared trunk', 'shared trunk, tied', _wide, f'{_wide}, linear experts', *_best, *_slim, 'HD-CNN', *_normed, *_twins]
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
 
 def _trunk(dataset, how, name=None, **profiles):
