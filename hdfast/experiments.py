@@ -56,6 +56,7 @@ def use_device(
     torch.set_float32_matmul_precision('high')
 
 if 'HDFAST_DEVICE' in os.environ: use_device(os.environ['HDFAST_DEVICE'])
+elif default_device().type == 'cpu': keep_memory()
 
 # %% ../nbs/80_experiments.ipynb #6299dac3
 def device_name(
