@@ -395,12 +395,12 @@ EXPERIMENTS |= {e.name: e for e in [
 # %% ../nbs/80_experiments.ipynb #80ff0002
 def _pretrain(dataset, **profiles):
     "Pre-training of a CNN_TL."
-    return Experiment(f'pretrain_{dataset}', 'none: in place of VGG-f', 'pretrain.ipynb', dict(name=f'pretrain_{dataset}', dataset=dataset), profiles, alone=True)
+    return Experiment(f'pretrain_{dataset}', 'none: in place of VGG-f', 'pretrain.ipynb', dict(name=f'pretrain_{dataset}', dataset=dataset), profiles)
 
 def _transfer(dataset, source, table, shared, **profiles):
     "Adaptive transfer learning from a backbone."
     shared = dict(name=f'transfer_{dataset}', table=table, dataset=dataset, source=source) | shared
-    return Experiment(f'transfer_{dataset}', table or 'none: made by code', 'transfer.ipynb', shared, profiles, needs=(source,), alone=True)
+    return Experiment(f'transfer_{dataset}', table or 'none: made by code', 'transfer.ipynb', shared, profiles, needs=(source,))
 
 _from_cifar100 = dict(options={}, size=64, flat='CNN_TL_5', router='CNN_TL_5', experts=['CNN_TL_5', 'CNN_TL_4', 'CNN_TL_3', 'CNN_TL_2'], n_clusters=48, bs=128, joint=[s.name for s in CANDIDATES['joint']])
 _on_cifar100 = dict(options={}, size=64, network='CNN_TL_5', bs=128, lr=1e-3)

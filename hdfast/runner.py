@@ -86,7 +86,7 @@ class Task:
     part:bool=False  # one run of an experiment: only its networks are wanted
 
 # %% ../nbs/85_runner.ipynb #db62af4a
-SPLIT = {'runs', 'first', 'networks'} # a page that knows these parameters can be split
+SPLIT = {'runs', 'first', 'networks'} # a page that knows these parameters can be split, and by `gammas` too where it has them
 
 def tasks_of(
     e:Experiment,
@@ -94,16 +94,24 @@ def tasks_of(
     out,           # folder for results
     jobs:int=1,    # pages at once
 ) -> list:         # of `Task`; FileNotFoundError without the page, ValueError if it doesn't take the parameters
-    "The tasks of an experiment: itself and, before it, its single runs if that saves time."
+    "The tasks of an experiment: itself and, before it, its single runs and overlap factors if that saves time."
     page, out = pages_folder/e.page, Path(out)
     parameters = e.parameters | e.profiles[profile] | dict(profile=profile, out=str(out))
     if not page.exists(): raise FileNotFoundError(f"{page} isn't there: experiments run in a clone of the repository")
     check_page(page, parameters)
-    whole, n = Task(e.name, page, parameters, tuple(e.needs), e.alone), parameters.get('runs', 1)
-    if jobs == 1 or n == 1 or not SPLIT <= page_parameters(page).keys(): return [whole]
-    apart = dict(runs=1, out=str(out/'pages'/'parts'), networks=str(out/'networks'))
-    parts = [replace(whole, name=(name := f'{e.name}.{i+1}'), parameters=parameters | apart | dict(first=i, name=name), alone=False, part=True) for i in range(n)]
-    return [*parts, replace(whole, needs=tuple(p.name for p in parts))]
+    whole = Task(e.name, page, parameters, tuple(e.needs), e.alone)
+    if jobs == 1 or not SPLIT <= page_parameters(page).keys(): return [whole]
+    parts = [part for i in range(parameters.get('runs', 1)) for part in _parts(whole, i, out)]
+    return [*parts, replace(whole, needs=tuple(p.name for p in parts))] if len(parts) > 1 else [whole]
+
+def _parts(whole, i, out):
+    "Run `i` of an experiment, or its overlap factors one by one; the others of them need the first."
+    apart = dict(runs=1, first=i, out=str(out/'pages'/'parts'), networks=str(out/'networks'))
+    part = lambda name, needs=whole.needs, **only: replace(whole, name=name, parameters=whole.parameters | apart | only | dict(name=name), needs=needs, alone=False, part=True)
+    name, gammas = f'{whole.name}.{i+1}', whole.parameters.get('gammas', [])
+    if len(gammas) < 2: return [part(name)]
+    first, *others = [f'{name}.{j+1}' for j in range(len(gammas))]
+    return [part(first, gammas=gammas[:1]), *(part(other, (first,), gammas=[gamma]) for other, gamma in zip(others, gammas[1:]))]
 
 # %% ../nbs/85_runner.ipynb #b33a2c46
 def page_version(
@@ -353,13 +361,13 @@ def run_all(self:Runner,
 ) -> dict:    # name -> what the page wrote, or the exception
     "Run tasks in the order of their needs; what fails blocks only what needs it."
     names, found, running = {t.name: t for t in tasks}, {}, {}
-    order = TopologicalSorter({t.name: [n for n in t.needs if n in names] for t in tasks})
+    order, chains = TopologicalSorter(_needs(tasks)), self.chains(tasks)
     order.prepare()
     ready = [names[n] for n in order.get_ready()]
     with ThreadPoolExecutor(self.jobs) as pool:
         try:
             while ready or running:
-                for t in self.startable(ready, running.values()):
+                for t in self.startable(ready, running.values(), chains):
                     ready.remove(t)
                     running[pool.submit(self.run, t)] = t
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -374,12 +382,26 @@ def run_all(self:Runner,
     return found
 
 # %% ../nbs/85_runner.ipynb #a7a3828d
+def _needs(tasks):
+    "What each task needs of the others."
+    names = {t.name for t in tasks}
+    return {t.name: [n for n in t.needs if n in names] for t in tasks}
+
 @patch
-def startable(self:Runner, ready, running) -> list:
-    "Which of the tasks that are ready to start now, the longest first."
+def chains(self:Runner, tasks) -> dict:
+    "Seconds of each task and of the longest chain of tasks that wait for it; infinite where one was never timed."
+    known, needs, keys = self.timings(), _needs(tasks), {t.name: self.key(t) for t in tasks}
+    chains = dict.fromkeys(needs, 0)
+    for name in reversed([*TopologicalSorter(needs).static_order()]):
+        chains[name] += known.get(keys[name], float('inf'))
+        for n in needs[name]: chains[n] = max(chains[n], chains[name])
+    return chains
+
+@patch
+def startable(self:Runner, ready, running, chains) -> list:
+    "Which of the tasks that are ready to start now, the longest chains first."
     if any(t.alone for t in running): return []
-    known, together = self.timings(), [t for t in ready if not t.alone]
-    together.sort(key=lambda t: -known.get(self.key(t), float('inf')))
+    together = sorted((t for t in ready if not t.alone), key=lambda t: -chains[t.name])
     return together[:self.jobs - len(running)] if together or running else ready[:1]
 
 @patch
