@@ -264,6 +264,25 @@ def test_a_part_that_fails_blocks_the_whole(pages, run):
     assert 'blocked: it needs page.2' in why(run(jobs=2), 'page')
 
 
+def test_overlap_factors_are_split_too(tmp_path):
+    e = EXPERIMENTS['mlp_cifar100']
+    *parts, whole = tasks_of(e, 'paper', tmp_path, jobs=2)
+    assert [t.parameters['gammas'] for t in parts] == [[0], [3], [5]]*3 and [t.parameters['first'] for t in parts] == [0]*3 + [1]*3 + [2]*3
+    assert all(t.part and t.parameters['runs'] == 1 and t.parameters['name'] == t.name and t.parameters['networks'] == str(tmp_path/'networks') for t in parts)
+    assert [t.needs for t in parts[3:6]] == [(), ('mlp_cifar100.2.1',), ('mlp_cifar100.2.1',)] # the first trains what they share
+    assert whole.needs == tuple(t.name for t in parts) and whole.parameters['gammas'] == [0, 3, 5] and whole.parameters['runs'] == 3
+    assert len(tasks_of(e, 'paper', tmp_path, jobs=1)) == len(tasks_of(EXPERIMENTS['cnn_cifar100'], 'cpu', tmp_path, jobs=2)) == 1
+
+
+def test_what_most_time_hangs_on_starts_first(pages, run, tmp_path, lines):
+    for name, needs in dict(brief=(), lengthy=(), key=(), door=['key']).items(): pages(name, SAVE, needs=needs)
+    (tmp_path/'out').mkdir()
+    (tmp_path/'out'/'timings.json').write_text(json.dumps({f'smoke, {runner.device_name("cpu")}, 1 job(s): {name}': s for name, s in dict(brief=1, lengthy=8, key=2, door=7).items()}))
+    run()
+    ended = [line.split(']')[1].split(':')[0].strip() for line in lines if line.startswith('[')]
+    assert ended == ['key', 'lengthy', 'door', 'brief']
+
+
 def test_jobs_run_at_once_and_alone_runs_alone(pages, run, tmp_path):
     cell = f"import time, pathlib; now = time.time(); time.sleep(2); pathlib.Path('{tmp_path}/' + name + '.txt').write_text(f'{{now}} {{time.time()}}')"
     for name in ('a', 'b', 'timed'): pages(name, cell, SAVE, alone=name == 'timed')
