@@ -189,11 +189,13 @@ def _train(dls, spec, how, seed, name, cache):
     return families.fit_network(dls, spec, how, seed, name, cache, on_epoch=_epoch_reporter(how.epochs))
 
 # %% ../nbs/90_cli.ipynb #728c27e1
-def _cluster(net, dls, clusters, gamma, out):
+def _cluster(net, dls, form, clusters, gamma, out):
     "The hierarchy from the flat net's confusion on the held-out slice; written to `out` and printed."
-    from hdfast import clustering, learners
+    from hdfast import learners
+    from hdfast.clustering import cluster_classes, cluster_into
     C = learners.held_out_confusion(net, dls)
-    h = clustering.cluster_into(C, clusters, gamma, dls.vocab)
+    if clusters is None and form.max_size: h = cluster_classes(C, min(form.max_size, -(-len(C)//2)), gamma, dls.vocab)
+    else: h = cluster_into(C, clusters, gamma, dls.vocab)
     _write_clusters(C, h, out)
     print(h, flush=True)
     if clusters and h.n_clusters != clusters: print(f'      ({clusters} clusters were wanted; no limit on their size comes nearer)', flush=True)
@@ -219,7 +221,7 @@ class _Apart:
     "Networks of their own for the router and for each expert."
     router:str
     expert:str
-    recipe = 'paper'
+    recipe, max_size = 'paper', None
     @property
     def networks(self): return {'router': self.router, 'experts': self.expert}
     def said(self, n): return f'router {self.router}, {n} experts {self.expert}'
@@ -235,7 +237,7 @@ class _Apart:
 class _OneTrunk:
     "Router and experts as heads on the convolutions of one network."
     trunk:str # name of a network, or one of `TRUNKS`
-    recipe = 'one_cycle'
+    recipe, max_size = 'one_cycle', 5 # of clusters, as on real images
     @property
     def spec(self):
         from hdfast.trunk import TRUNKS, trunk_spec, wide_trunk
@@ -272,7 +274,7 @@ def decompose(
     folder:Annotated[str, dict(metavar='FOLDER')], # a folder with a folder of images for each class, or a named set such as synthetic or cifar100
     out:Annotated[str, dict(opt=True, required=True, metavar='DIR')], # where results go: the model, the dendrogram, tables
     size:int=None,        # side to which images are squashed, in pixels (default: 64, or a named set's own)
-    clusters:int=None,    # wanted number of clusters (default: about the square root of the number of classes)
+    clusters:int=None,    # wanted number of clusters (default: so many that at most 5 classes share one; with --router or --expert about the square root of the number of classes)
     gamma:float=None,     # let clusters overlap by this factor; the paper uses 3 and 5 (default: no overlap)
     recipe:str=None,      # how networks are trained: paper (SGD, 40 epochs) or one_cycle (Adam, 24 epochs) (default: one_cycle; with --router or --expert paper)
     epochs:int=None,      # passes over the training images, if not the recipe's
@@ -316,7 +318,7 @@ def _decompose(images, dls, how, out, clusters, gamma, flat, form, seed):
     print(f'[2/5] Flat network {flat}', flush=True)
     net = _train(dls, flat, how, seed, 'the flat network', cache)
     print('[3/5] Clusters of classes that it takes for each other', flush=True)
-    h = _cluster(net, dls, clusters, gamma, out)
+    h = _cluster(net, dls, form, clusters, gamma, out)
     n = sum(len(q) > 1 for q in h.clusters)
     print(f'[4/5] Hierarchy: {form.said(n)}', flush=True)
     model = form.fit(dls, h, how, seed, cache)
@@ -364,11 +366,15 @@ def _read(file, size):
 def _answers(model, images, top):
     "For each image its cluster and its `top` classes, as (name, probability of cluster and class)."
     import numpy as np, torch
-    clusters, probs = model._clusters_and_classes(torch.from_numpy(np.stack(images)))
-    probs = clusters.max(1, keepdims=True)*probs
+    from hdfast.trunk import TrunkClassifier
+    h = model.hierarchy
+    k = h.n_clusters if isinstance(model, TrunkClassifier) else 1
+    clusters, probs = model._clusters_and_classes(torch.from_numpy(np.stack(images)), k)
+    if k == 1: probs = clusters.max(1, keepdims=True)*probs
     best = probs.argsort(1)[:, ::-1][:, :top]
-    named = lambda row, ids: [(model.hierarchy.classes[c], round(float(row[c]), 6)) for c in ids]
-    return [(int(q), named(row, ids)) for q, row, ids in zip(clusters.argmax(1), probs, best)]
+    holding = lambda c: [q for q, members in enumerate(h.clusters) if c in members]
+    named = lambda row, ids: [(h.classes[c], round(float(row[c]), 6)) for c in ids]
+    return [(max(holding(ids[0]), key=p.__getitem__), named(row, ids)) for p, row, ids in zip(clusters, probs, best)]
 
 # %% ../nbs/90_cli.ipynb #1f657e6b
 def _show(file, cluster, classes, as_json):
@@ -384,7 +390,7 @@ def predict(
     top:int=3,       # how many classes to name for each image
     json:bool=False, # print one JSON object a line
 ) -> int: # exit status: 2 if any image could not be read
-    "Say which class each image belongs to, how sure that is, and which cluster it was routed to."
+    "Say which class each image belongs to, how sure that is, and which cluster the answer is from."
     if top < 1: raise ValueError(f'--top {top}: ask for at least one class')
     model, files, bad = _load(folder), [*_files(images)], 0
     with ThreadPoolExecutor() as pool:
