@@ -381,16 +381,21 @@ EXPERIMENTS |= {e.name: e for e in [
     *(e for dataset in ('cifar100', 'caltech101') for how in ('paper', 'one_cycle') for e in _trunks(dataset, how))]}
 
 # %% ../nbs/80_experiments.ipynb #80fe0002
-def _trust(dataset, **profiles):
+def _trust(dataset, how='one_cycle', name=None, **profiles):
     "Calibration, answers that stop at the cluster and distances of mistakes."
-    shared = dict(name=f'trust_{dataset}', dataset=dataset, how='one_cycle')
-    return Experiment(f'trust_{dataset}', 'none: beyond the paper', 'trust.ipynb', shared, profiles)
+    name = name or f'trust_{dataset}'
+    return Experiment(name, 'none: beyond the paper', 'trust.ipynb', dict(name=name, dataset=dataset, how=how), profiles)
 
-_as_trunks = dict(epochs=RECIPES['one_cycle'].epochs, max_size=5, variants=_best[:1], wished=.8)
+def _trusts(dataset):
+    "The experiments on trust on real images: the paper's hierarchy too, and what `trunk_best` compares."
+    as_trunks = lambda how, variants: dict(epochs=RECIPES[how].epochs, max_size=5, variants=variants, wished=.8)
+    all_kinds, best = as_trunks('one_cycle', [*_few[:1], *_best]), as_trunks('paper', _best)
+    yield _trust(dataset, cpu=all_kinds | dict(runs=1, precision='bfloat16'), paper=all_kinds | dict(runs=3))
+    yield _trust(dataset, 'paper', f'trust_best_{dataset}_paper', cpu=best | dict(runs=3, precision='bfloat16'), paper=best | dict(runs=6))
 
 EXPERIMENTS |= {e.name: e for e in [
-    _trust('synthetic', smoke=dict(epochs=3, runs=1, max_size=4, variants=['shared trunk'])),
-    _trust('cifar100', cpu=_as_trunks | dict(runs=1, precision='bfloat16'), paper=_as_trunks | dict(runs=3))]}
+    _trust('synthetic', smoke=dict(epochs=3, runs=1, max_size=4, variants=[*_few[:1], 'wide trunk', 'wide trunk, one cluster'])),
+    *(e for dataset in ('cifar100', 'caltech101') for e in _trusts(dataset))]}
 
 # %% ../nbs/80_experiments.ipynb #80ff0002
 def _pretrain(dataset, **profiles):

@@ -5,7 +5,10 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from hdfast.experiments import EXPERIMENTS, caption, commits, earlier_runs, load_result, provenance, save_result
+from hdfast.experiments import EXPERIMENTS, caption, commits, earlier_runs, load_result, pages_folder, provenance, save_result
+from hdfast.hdcnn import HDCNN
+from hdfast.hierarchical import HierarchicalClassifier
+from hdfast.trunk import SLIM, WIDE
 
 WANTED = dict(dataset='caltech101', seed=0, epochs=3, how='paper', variants=['a', 'b'])
 
@@ -96,3 +99,48 @@ def test_a_page_grows_to_what_it_gives_at_once(tmp_path, monkeypatch):
     flat = table.routing == 'flat'
     pd.testing.assert_series_equal(table[flat].macs, at_once[flat].macs)
     assert about['provenance']['runs'] == ['seed 1'] and about['provenance']['earlier'][0]['runs'] == ['seed 0']
+
+
+# what the pages on trunks and on trust share
+
+def variants_of(page):
+    "The variants that a page defines"
+    cells = [''.join(c['source']) for c in json.loads((pages_folder/page).read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+    known = dict(HierarchicalClassifier=HierarchicalClassifier, HDCNN=HDCNN, SLIM=SLIM, WIDE=WIDE, pd=pd, variants=[])
+    exec(next(c for c in cells if 'VARIANTS = {' in c), known)
+    return known['VARIANTS']
+
+
+def test_both_pages_mean_the_same_networks():
+    trunk, trust = variants_of('trunk.ipynb'), variants_of('trust.ipynb')
+    assert trust == {v: trunk.get(v) for v in trust}
+
+
+@pytest.mark.parametrize('profile', ['cpu', 'paper'])
+@pytest.mark.parametrize('dataset', ['cifar100', 'caltech101'])
+def test_trust_asks_for_the_networks_of_trunk_best(dataset, profile):
+    trust, trunk = (EXPERIMENTS[n].parameters | EXPERIMENTS[n].profiles[profile] for n in (f'trust_best_{dataset}_paper', f'trunk_best_{dataset}_paper'))
+    same = ['dataset', 'how', 'epochs', 'runs', 'max_size', 'precision', 'variants']
+    assert [trust.get(k) for k in same] == [trunk.get(k) for k in same] and 'CNN_1' in trunk['flats']
+
+
+def test_trust_finds_the_networks_of_the_trunks_and_treats_the_control_as_flat(tmp_path, monkeypatch):
+    pytest.importorskip('papermill')
+    from hdfast import runner
+    small = dict(epochs=1, runs=1, max_size=4, variants=['wide trunk', 'wide trunk, one cluster'], networks=str(tmp_path/'networks'))
+    def networks_after(name):
+        monkeypatch.setattr(runner, 'EXPERIMENTS', {name: replace(EXPERIMENTS[name], profiles={'smoke': small})})
+        found = runner.reproduce('smoke', None, tmp_path, device='cpu', say=str)[name]
+        assert isinstance(found, dict), found
+        return {f.name for f in (tmp_path/'networks').glob('*.safetensors')}
+    there = networks_after('trunk_synthetic')
+    assert len(there) == 4 and networks_after('trust_synthetic') == there
+    table, curves = load_result(tmp_path, 'trust_synthetic')[0], pd.read_csv(tmp_path/'trust_synthetic_curves.csv')
+    ways = {m: list(zip(part.routing, part.temperatures)) for m, part in table.groupby('model')}
+    assert ways.keys() == {'CNN_1', *small['variants']} and ways['wide trunk, one cluster'] == ways['CNN_1'] == [('flat', 'as trained'), ('flat', 'single')]
+    trunk = pd.read_csv(tmp_path/'trunk_synthetic.csv').query('model == "wide trunk, one cluster"')
+    assert table.set_index('model').FC['wide trunk, one cluster'].round(3).eq(trunk.accuracy.iloc[0].round(3)).all()
+    by = ['model', 'routing', 'temperatures']
+    assert len(curves.groupby(by)) == len(table) and curves.groupby(by)['wanted coverage'].apply(list).map(lambda c: c == [*range(10, 101, 10)]).all()
+    least = curves['coverage'] - curves['wanted coverage']
+    assert (least > -1e-3).all() and curves[curves['wanted coverage'] == 100].set_index(by)['class accuracy'].sub(table.set_index(by).FC).abs().max() < 1e-3

@@ -91,9 +91,16 @@ def test_a_result_on_a_part_of_imagenet_is_not_compared_with_all_of_it(tmp_path)
 def test_calibration_errors_of_flat_net_and_full_products(tmp_path):
     row = {'temperatures': 'each', 'T router': 1.2, 'FC': 45.5, 'calibration error': 2.5, 'calibration error sd': .2, 'NLL': 2.0614, 'accuracy': 70., 'classes, mistakes': 31.26, 'n': 2}
     keep(tmp_path, 'trust_cifar100', [row | dict(model='shared trunk', routing=r) for r in ('product', 'top-1', 'expert alone')], profile='cpu', epochs=24, runs=1)
-    line, = of(tmp_path, 'Beyond 8').to_dict('records')
-    assert line['number'] == 'shared trunk, temperatures each' and line['ours'] == 2.5 and line['protocol'] == '24 epochs'
+    line, left = of(tmp_path, 'Beyond 8').to_dict('records')
+    assert line['number'] == 'shared trunk, temperatures each' and line['ours'] == 2.5 and line['protocol'] == '24 epochs' and left['verdict'] == 'not run yet'
     assert line['verdict'] == 'accuracy 45.50, NLL 2.061, a mistake is 31.3 classes off'
+
+
+def test_a_flat_control_stands_beside_the_hierarchies_on_trust(tmp_path):
+    row = {'temperatures': 'single', 'T router': 1.2, 'FC': 70., 'calibration error': 2.5, 'calibration error sd': .2, 'NLL': 1.2, 'accuracy': 80., 'classes, mistakes': 30., 'n': 3}
+    keep(tmp_path, 'trust_best_caltech101_paper', [row | dict(model='one cluster', routing='flat'), row | dict(model='tied', routing='product')], profile='cpu', epochs=40, runs=3)
+    lines = of(tmp_path, 'Beyond 9').query('verdict != "not run yet"')
+    assert lines.number.tolist() == ['one cluster, temperatures single', 'tied, temperatures single'] and lines.n.tolist() == [3, 3]
 
 
 def test_the_trunk_stands_beside_the_flat_net(tmp_path):
