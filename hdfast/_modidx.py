@@ -64,6 +64,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'hdfast/clustering.py'),
                                    'hdfast.clustering.ClassHierarchy._tree': ( 'clustering.html#classhierarchy._tree',
                                                                                'hdfast/clustering.py'),
+                                   'hdfast.clustering.ClassHierarchy.colours': ( 'clustering.html#classhierarchy.colours',
+                                                                                 'hdfast/clustering.py'),
                                    'hdfast.clustering.ClassHierarchy.from_json': ( 'clustering.html#classhierarchy.from_json',
                                                                                    'hdfast/clustering.py'),
                                    'hdfast.clustering.ClassHierarchy.holds': ( 'clustering.html#classhierarchy.holds',

@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.basics import patch
 from matplotlib import pyplot as plt
 from scipy import sparse
-from scipy.cluster.hierarchy import dendrogram, is_valid_linkage
+from scipy.cluster.hierarchy import dendrogram, is_valid_linkage, leaves_list
 from scipy.sparse.csgraph import laplacian
 from sklearn.cluster import KMeans
 from .confusion import check_confusion, distance_matrix, similarity_matrix
@@ -225,6 +225,14 @@ def _node_cluster(h):
     for r, s in h.linkage[:, :2].astype(int): of.append(of[r] if of[r] == of[s] else -1)
     return of
 
+# %% ../nbs/20_clustering.ipynb #1be75a9d
+@patch(as_prop=True)
+def colours(self:ClassHierarchy) -> tuple:
+    "A colour for each cluster, the same in all pictures; they change from cluster to cluster along the leaves."
+    leaves = leaves_list(self.linkage) if self.n_classes > 1 else [0]
+    order = list(dict.fromkeys(self.home[leaves].tolist()))
+    return tuple(palette[order.index(q) % len(palette)] for q in range(self.n_clusters))
+
 # %% ../nbs/20_clustering.ipynb #45f91884
 @patch
 def plot(self:ClassHierarchy,
@@ -234,8 +242,8 @@ def plot(self:ClassHierarchy,
     if self.n_classes < 2: raise ValueError("a single class has no dendrogram")
     if ax is None: ax = plt.subplots(figsize=(7, .6 + .145*self.n_classes), layout='constrained')[1]
     of = _node_cluster(self)
-    leaves = dendrogram(self.linkage, no_plot=True)['leaves']
-    colour = {q: palette[i % len(palette)] for i, q in enumerate(dict.fromkeys(of[c] for c in leaves))} | {-1: '#999999'}
+    leaves = leaves_list(self.linkage)
+    colour = dict(enumerate(self.colours)) | {-1: '#999999'}
     names = [c.replace('$', r'\$') for c in self.classes] # two dollars would begin a formula
     dendrogram(self.linkage, orientation='left', labels=names, ax=ax, leaf_font_size=8,
                link_color_func=lambda i: colour[of[i]])

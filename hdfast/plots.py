@@ -6,6 +6,7 @@
 __all__ = ['cluster_order', 'plot_confusion', 'plot_overlap', 'plot_members', 'plot_family']
 
 # %% ../nbs/70_plots.ipynb #ccdc6a08
+from textwrap import shorten
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
@@ -71,10 +72,9 @@ def plot_members(
 ):                    # the axes
     "Which classes each cluster holds, at home or by overlap."
     if ax is None: ax = plt.subplots(figsize=(1.5 + .3*h.n_classes, 1 + .35*h.n_clusters), layout='constrained')[1]
-    at = [(q, x) for q, members in enumerate(h.clusters) for x, c in enumerate(cluster_order(h)) if c in members]
-    for q, x in at:
-        home, colour = h.home[cluster_order(h)[x]] == q, palette[q % len(palette)]
-        ax.plot(x, q, 'o', ms=9, color=colour, mfc=colour if home else 'none', mew=1.5)
+    for q, (members, colour) in enumerate(zip(h.clusters, h.colours)):
+        for x, c in enumerate(cluster_order(h)):
+            if c in members: ax.plot(x, q, 'o', ms=9, color=colour, mfc=colour if h.home[c] == q else 'none', mew=1.5)
     ax.set_xticks(range(h.n_classes), [h.classes[c] for c in cluster_order(h)], rotation=90, parse_math=False)
     ax.set(yticks=range(h.n_clusters), ylabel='cluster', ylim=(h.n_clusters - .5, -.5), xlim=(-.6, h.n_classes - .4))
     ax.spines[['top', 'right']].set_visible(False)
@@ -83,21 +83,22 @@ def plot_members(
 # %% ../nbs/70_plots.ipynb #47f0f3d4
 def plot_family(
     model,   # a `HierarchicalClassifier`, trained or not
-    ax=None, # matplotlib axes; by default a new figure
+    ax=None, # matplotlib axes, of a figure with a layout that makes room for text; by default a new figure
 ):           # the axes
     "From image to hierarchy classifier to experts."
     h, shown = model.hierarchy, min(10, model.hierarchy.n_clusters)
-    if ax is None: ax = plt.subplots(figsize=(8, 1 + .55*shown), layout='constrained')[1]
+    rows = shown + (h.n_clusters > shown)
+    if ax is None:
+        fig, ax = plt.subplots(figsize=(7, .55*max(rows, 2)), layout='constrained')
+        fig.get_layout_engine().set(w_pad=.1) # inches: frames stand out beyond their text
     box = lambda x, y, text, colour: ax.text(x, y, text, va='center', fontsize=9, bbox=dict(boxstyle='round', fc='white', ec=colour, lw=1.5))
-    box(0, (shown - 1)/2, 'image', '#777777')
-    box(1, (shown - 1)/2, f'hierarchy classifier\n{model.router_spec.name}: {h.n_clusters} clusters', '#222222')
-    arrow = lambda a, b: ax.annotate('', b, a, arrowprops=dict(arrowstyle='->', color='#777777'))
-    arrow((.55, (shown - 1)/2), (.95, (shown - 1)/2))
-    for q, members in enumerate(h.clusters[:shown]):
-        names = ', '.join(h.classes[c] for c in members[:5]) + (' ...' if len(members) > 5 else '')
-        box(4, q, f'{model.expert_specs[q].name if len(members) > 1 else "no expert"}: {names}', palette[q % len(palette)])
-        arrow((2.3, (shown - 1)/2), (3.9, q))
-    if h.n_clusters > shown: ax.text(4, shown, f'and {h.n_clusters - shown} more', va='center', fontsize=9)
-    ax.set(xlim=(-.1, 7.5), ylim=(shown + .2, -.7))
+    arrow = lambda a, b: ax.annotate('', (0, .5), (1, .5), xycoords=b, textcoords=a, arrowprops=dict(arrowstyle='->', color='#777777', shrinkA=4, shrinkB=5))
+    router = box(.8, (shown - 1)/2, f'hierarchy classifier\n{model.router_spec.name}: {h.n_clusters} clusters', '#222222')
+    arrow(box(0, (shown - 1)/2, 'image', '#777777'), router)
+    for q, (members, colour) in enumerate(zip(h.clusters[:shown], h.colours)):
+        names = shorten(', '.join(h.classes[c] for c in members), 56, placeholder=' ...')
+        arrow(router, box(2.8, q, f'{model.expert_specs[q].name if len(members) > 1 else "no expert"}: {names}', colour))
+    if rows > shown: ax.text(2.8, shown, f'and {h.n_clusters - shown} more', va='center', fontsize=9)
+    ax.set(xlim=(0, 2.8), ylim=(rows - .5, -.5))
     ax.axis('off')
     return ax
