@@ -301,10 +301,10 @@ class Experiment:
     needs:tuple=()  # names of experiments that have to be there before
     alone:bool=False # whether nothing may run beside it, as where time is measured
 
-def _hierarchy(name, table, dataset, family, n_clusters, gammas, runs):
+def _hierarchy(name, table, dataset, family, n_clusters, gammas, runs, needs=()):
     "A hierarchy experiment on real images."
     shared = dict(name=name, table=table, dataset=dataset, family=family, n_clusters=n_clusters, gammas=gammas)
-    return Experiment(name, table, 'hierarchy.ipynb', shared, {'cpu': dict(epochs=10, runs=1, precision='bfloat16'), 'paper': dict(epochs=40, runs=runs)})
+    return Experiment(name, table, 'hierarchy.ipynb', shared, {'cpu': dict(epochs=10, runs=1, precision='bfloat16'), 'paper': dict(epochs=40, runs=runs)}, needs)
 
 # %% ../nbs/80_experiments.ipynb #3a51c0f1
 def _accounting(name, table):
@@ -333,7 +333,7 @@ EXPERIMENTS = {e.name: e for e in [
     _hierarchy('cnn_caltech256', 'Table 6', 'caltech256', 'cnn', 104, [0, 3, 5], 6),
     _hierarchy('mlp_cifar100', 'Table 7', 'cifar100', 'mlp', 30, [0, 3, 5], 3),
     _hierarchy('cnn_cifar100', 'Table 8', 'cifar100', 'cnn', 30, [0], 3),
-    _hierarchy('cnn_cifar100_overlap', 'Table 8', 'cifar100', 'cnn', 30, [0, 3, 5], 3),
+    _hierarchy('cnn_cifar100_overlap', 'Table 8', 'cifar100', 'cnn', 30, [0, 3, 5], 3, needs=('cnn_cifar100',)), # whose networks it takes over
     _selection('selection_synthetic', '', 'synthetic', 'mlp', 12, ('given', 'learned'), smoke=dict(epochs=10, runs=1)),
     _selection('selection_mlp_caltech101', 'Table 3', 'caltech101', 'mlp', 44, cpu=dict(epochs=40, runs=6), paper=dict(epochs=40, runs=6)),
     _selection('selection_mlp_cifar100', 'Table 7', 'cifar100', 'mlp', 30, cpu=dict(epochs=40, runs=3), paper=dict(epochs=40, runs=3)),
@@ -341,6 +341,7 @@ EXPERIMENTS = {e.name: e for e in [
     _selection('selection_cnn_caltech101', 'Table 10', 'caltech101', 'cnn', 48, cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=6)),
     _selection('selection_joint_cifar100', 'Table 10', 'cifar100', 'joint', 30, cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=3)),
     _selection('selection_joint_caltech101', 'Table 10', 'caltech101', 'joint', 48, cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=6)),
+    _selection('selection_cnn_caltech256', 'Table 10', 'caltech256', 'cnn', 104, paper=dict(epochs=40, runs=6)),
     _selection('selection_joint_caltech256', 'Table 10', 'caltech256', 'joint', 104, paper=dict(epochs=40, runs=6)),
     _accounting('diagrams', 'Figs. 1 to 3'), _accounting('architectures', 'Tables 1 and 2'),
     _accounting('memory', 'Tables 12 to 16'), _accounting('audit', 'all tables, checked'),
@@ -398,14 +399,14 @@ EXPERIMENTS |= {e.name: e for e in [
     *(e for dataset in ('cifar100', 'caltech101') for e in _trusts(dataset))]}
 
 # %% ../nbs/80_experiments.ipynb #80ff0002
-def _pretrain(dataset, **profiles):
+def _pretrain(dataset, alone=False, **profiles):
     "Pre-training of a CNN_TL."
-    return Experiment(f'pretrain_{dataset}', 'none: in place of VGG-f', 'pretrain.ipynb', dict(name=f'pretrain_{dataset}', dataset=dataset), profiles)
+    return Experiment(f'pretrain_{dataset}', 'none: in place of VGG-f', 'pretrain.ipynb', dict(name=f'pretrain_{dataset}', dataset=dataset), profiles, alone=alone)
 
-def _transfer(dataset, source, table, shared, **profiles):
+def _transfer(dataset, source, table, shared, alone=False, **profiles):
     "Adaptive transfer learning from a backbone."
     shared = dict(name=f'transfer_{dataset}', table=table, dataset=dataset, source=source) | shared
-    return Experiment(f'transfer_{dataset}', table or 'none: made by code', 'transfer.ipynb', shared, profiles, needs=(source,))
+    return Experiment(f'transfer_{dataset}', table or 'none: made by code', 'transfer.ipynb', shared, profiles, needs=(source,), alone=alone)
 
 _from_cifar100 = dict(options={}, size=64, flat='CNN_TL_5', router='CNN_TL_5', experts=['CNN_TL_5', 'CNN_TL_4', 'CNN_TL_3', 'CNN_TL_2'], n_clusters=48, bs=128, joint=[s.name for s in CANDIDATES['joint']])
 _on_cifar100 = dict(options={}, size=64, network='CNN_TL_5', bs=128, lr=1e-3)
@@ -413,7 +414,8 @@ _on_cifar100 = dict(options={}, size=64, network='CNN_TL_5', bs=128, lr=1e-3)
 EXPERIMENTS |= {e.name: e for e in [
     _pretrain('synthetic', smoke={}), _transfer('synthetic', 'pretrain_synthetic', '', {}, smoke={}),
     _pretrain('cifar100', cpu=_on_cifar100 | dict(epochs=3, precision='bfloat16'), paper=_on_cifar100 | dict(epochs=20)),
-    _transfer('caltech101', 'pretrain_cifar100', 'Table 10', _from_cifar100, cpu=dict(epochs=5, runs=1, precision='bfloat16', experts=['CNN_TL_5', 'CNN_TL_3']), paper=dict(epochs=40, runs=6))]}
+    _transfer('caltech101', 'pretrain_cifar100', 'Table 10', _from_cifar100, cpu=dict(epochs=5, runs=1, precision='bfloat16', experts=['CNN_TL_5', 'CNN_TL_3']), paper=dict(epochs=40, runs=6)),
+    _transfer('caltech256', 'pretrain_cifar100', 'Table 10', _from_cifar100 | dict(n_clusters=104), paper=dict(epochs=40, runs=6))]}
 
 # %% ../nbs/80_experiments.ipynb #80ff0006
 _like_vgg_f = dict(options=dict(seed=0), size=224, bs=128)
@@ -424,7 +426,7 @@ def _imagenet(n, n_clusters):
     tree = dict(name=f'cnn_{images}', dataset=images, family='cnn', n_clusters=n_clusters, gammas=[0])
     nets = dict(flat='CNN_TL_1', router='CNN_TL_3', experts=[f'CNN_TL_{i}' for i in (5, 4, 3, 2)], joint=[], n_clusters=n_clusters)
     return [Experiment(tree['name'], 'Fig. 7b', 'hierarchy.ipynb', tree, {'paper': dict(epochs=40, runs=1)}),
-            _pretrain(images, paper=_like_vgg_f | dict(network='CNN_TL_1', epochs=20, lr=1e-3)),
-            _transfer(images, f'pretrain_{images}', 'Table 11', _like_vgg_f | nets, paper=dict(epochs=40, runs=1))]
+            _pretrain(images, alone=True, paper=_like_vgg_f | dict(network='CNN_TL_1', epochs=20, lr=1e-3)),
+            _transfer(images, f'pretrain_{images}', 'Table 11', _like_vgg_f | nets, alone=True, paper=dict(epochs=40, runs=1))]
 
 EXPERIMENTS |= {e.name: e for e in [*_imagenet(100, 9), *_imagenet(200, 18)]}

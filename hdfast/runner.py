@@ -78,12 +78,11 @@ def select(
 @dataclass(frozen=True)
 class Task:
     "One page to execute."
-    name:str         # of the experiment, with the number of the run behind it if it is a part
+    name:str         # of the experiment, with the numbers of run and overlap factor behind it if it is a part
     page:Path        # notebook
     parameters:dict  # to be put in
     needs:tuple=()   # names of tasks that have to succeed before
     alone:bool=False # nothing may run beside it
-    part:bool=False  # one run of an experiment: only its networks are wanted
 
 # %% ../nbs/85_runner.ipynb #db62af4a
 SPLIT = {'runs', 'first', 'networks'} # a page that knows these parameters can be split, and by `gammas` too where it has them
@@ -94,24 +93,25 @@ def tasks_of(
     out,           # folder for results
     jobs:int=1,    # pages at once
 ) -> list:         # of `Task`; FileNotFoundError without the page, ValueError if it doesn't take the parameters
-    "The tasks of an experiment: itself and, before it, its single runs and overlap factors if that saves time."
+    "The tasks of an experiment: itself and, with several jobs, before it its single runs and overlap factors."
     page, out = pages_folder/e.page, Path(out)
     parameters = e.parameters | e.profiles[profile] | dict(profile=profile, out=str(out))
     if not page.exists(): raise FileNotFoundError(f"{page} isn't there: experiments run in a clone of the repository")
     check_page(page, parameters)
     whole = Task(e.name, page, parameters, tuple(e.needs), e.alone)
     if jobs == 1 or not SPLIT <= page_parameters(page).keys(): return [whole]
-    parts = [part for i in range(parameters.get('runs', 1)) for part in _parts(whole, i, out)]
+    parts = [*_parts(whole, out)]
     return [*parts, replace(whole, needs=tuple(p.name for p in parts))] if len(parts) > 1 else [whole]
 
-def _parts(whole, i, out):
-    "Run `i` of an experiment, or its overlap factors one by one; the others of them need the first."
-    apart = dict(runs=1, first=i, out=str(out/'pages'/'parts'), networks=str(out/'networks'))
-    part = lambda name, needs=whole.needs, **only: replace(whole, name=name, parameters=whole.parameters | apart | only | dict(name=name), needs=needs, alone=False, part=True)
-    name, gammas = f'{whole.name}.{i+1}', whole.parameters.get('gammas', [])
-    if len(gammas) < 2: return [part(name)]
-    first, *others = [f'{name}.{j+1}' for j in range(len(gammas))]
-    return [part(first, gammas=gammas[:1]), *(part(other, (first,), gammas=[gamma]) for other, gamma in zip(others, gammas[1:]))]
+def _parts(whole, out):
+    "Each run of an experiment, or each of its overlap factors; the first of a run trains what they share, so the others need it."
+    gammas = whole.parameters.get('gammas', []) if whole.parameters['profile'] != 'smoke' else [] # there it takes seconds
+    only = [dict(gammas=[g]) for g in gammas] if len(gammas) > 1 else [{}]
+    for i in range(whole.parameters.get('runs', 1)):
+        names = [f'{whole.name}.{i+1}' + f'.{j+1}'*(len(only) > 1) for j in range(len(only))]
+        for name, one in zip(names, only):
+            given = dict(name=name, runs=1, first=i, out=str(out/'pages'/'parts'), networks=str(out/'networks')) | one
+            yield replace(whole, name=name, parameters=whole.parameters | given, needs=whole.needs if name == names[0] else (names[0],), alone=False)
 
 # %% ../nbs/85_runner.ipynb #b33a2c46
 def page_version(
@@ -352,7 +352,7 @@ def forecast(self:Runner,
     seconds = [known[self.key(t)] for t in tasks if self.key(t) in known]
     rest = f', without {n} page(s) never timed here' if (n := len(tasks) - len(seconds)) else ''
     if not seconds: return 'time left unknown' if tasks else 'nothing left'
-    return f'about {format_time(max(max(seconds), sum(seconds)/self.jobs))} left{rest}'
+    return f'about {format_time(max(max(self.chains(tasks, 0).values()), sum(seconds)/self.jobs))} left{rest}'
 
 # %% ../nbs/85_runner.ipynb #9eae8626
 @patch
@@ -388,12 +388,17 @@ def _needs(tasks):
     return {t.name: [n for n in t.needs if n in names] for t in tasks}
 
 @patch
-def chains(self:Runner, tasks) -> dict:
-    "Seconds of each task and of the longest chain of tasks that wait for it; infinite where one was never timed."
-    known, needs, keys = self.timings(), _needs(tasks), {t.name: self.key(t) for t in tasks}
+def chains(self:Runner,
+    tasks,
+    unknown:float=None, # seconds of a task that was never timed; default as many as the longest of the others
+) -> dict:              # name -> seconds
+    "How long each task takes together with the longest chain of tasks that wait for it."
+    known, needs = self.timings(), _needs(tasks)
+    seconds = {t.name: known.get(self.key(t)) for t in tasks}
+    if unknown is None: unknown = max((s for s in seconds.values() if s is not None), default=1)
     chains = dict.fromkeys(needs, 0)
     for name in reversed([*TopologicalSorter(needs).static_order()]):
-        chains[name] += known.get(keys[name], float('inf'))
+        chains[name] += unknown if seconds[name] is None else seconds[name]
         for n in needs[name]: chains[n] = max(chains[n], chains[name])
     return chains
 
@@ -455,9 +460,10 @@ def reproduce(
 # %% ../nbs/85_runner.ipynb #41eac8b4
 @patch
 def tasks_of(self:Runner, e, profile):
-    "The tasks of an experiment: without its parts, if it is finished."
-    tasks = tasks_of(e, profile, self.out, self.jobs)
-    return tasks[-1:] if not self.again and finished(tasks[-1], self.out, self.device) else tasks
+    "The tasks of an experiment that aren't finished, and always the last, which is the experiment itself."
+    *parts, whole = tasks_of(e, profile, self.out, self.jobs)
+    done = lambda t: not self.again and finished(t, self.out, self.device)
+    return [*(p for p in parts if not done(p) and not done(whole)), whole]
 
 # %% ../nbs/85_runner.ipynb #92c4312c
 def _print_result(out, name, result):

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from hdfast.experiments import EXPERIMENTS, repository, save_result
-from hdfast.summary import BEYOND, ITEMS, protocol, summary_lines, write_summary
+from hdfast.summary import BEYOND, ITEMS, overview, protocol, summary_lines, write_summary
 
 FULL, LESS = '● full', '○ '
 
@@ -22,7 +22,7 @@ def of(out, item): return summary_lines(out).query('item == @item')
 
 def hierarchy_row(gamma, fc, n, **more):
     hc = np.nan if gamma == 'flat' else fc + 10
-    return dict(clusters='9', gamma=gamma, **{'HC home': hc, 'HC home sd': .5, 'FC': fc, 'FC sd': .5, 'paper HC': np.nan, 'paper FC': 40.}, n=n, **more)
+    return dict(clusters='9', gamma=gamma, routing='top-1', **{'HC home': hc, 'HC home sd': .5, 'HC contains': hc, 'HC contains sd': .5, 'FC': fc, 'FC sd': .5, 'paper HC': np.nan, 'paper FC': 40.}, n=n, **more)
 
 
 def trunk_row(model, routing, accuracy, margin, n=2, **more):
@@ -43,6 +43,7 @@ TRUNK = [trunk_row('CNN_1', 'flat', 40, 0), trunk_row('CNN_2', 'flat', 41, 1), t
     ('mlp_caltech101', dict(epochs=10, family='mlp'), 'float32', 1, '○ 10 of 40 epochs, 1 of 6 runs'),
     ('selection_mlp_cifar100', dict(epochs=40, family='mlp'), 'float32; convolutional networks trained with products in bfloat16', 3, FULL), # it has none
     ('cnn_cifar100', dict(epochs=40, family='cnn'), 'float32; convolutional networks trained with products in bfloat16', 3, '○ bfloat16'),
+    ('cnn_cifar100', dict(epochs=40, family='cnn'), 'float32, products in TF32', 3, '● full, products in TF32'),
     ('transfer_imagenet100', dict(epochs=40, size=64, source='x', recipe_name='one_cycle'), 'float32', 1, '○ 64 of 224 pixels, recipe one_cycle, backbone other than VGG-f'),
     ('memory', {}, 'float32', 0, ''), ('mlp_synthetic', dict(epochs=20), 'float32', 1, '')])
 def test_what_the_full_protocol_is(name, made, arithmetic, n, mark):
@@ -61,6 +62,32 @@ def test_every_row_of_tables_3_to_10_has_profile_and_mark(tmp_path, table, name)
     keep(tmp_path, name, [r | dict(n=1) for r in rows], profile='cpu', **made | dict(epochs=10))
     lines = summary_lines(tmp_path).query('experiment == @name')
     assert lines.protocol.str.startswith(LESS + '10 of 40 epochs, 1 of').all() and lines.profile.eq('cpu').all()
+
+
+def test_both_readings_of_hc_and_the_oracle_are_there(tmp_path):
+    rows = [hierarchy_row('flat', 39., 2), hierarchy_row('disjoint', 35., 2), hierarchy_row('3', 34., 2)]
+    for r in rows: r |= {'HC contains': np.nan if r['gamma'] == 'flat' else 97., 'HC contains sd': .1, 'paper HC': 50., 'parameters': 5, 'MACs': 7}
+    runs = [dict(run=run, routing=routing, gamma=gamma, FC=fc) for run, more in (('seed 0', 0), ('seed 1', .02)) for gamma, fc in ((np.nan, .6 + more), (3, .3)) for routing in ('top-1', 'oracle router')]
+    about = dict(parameters=dict(epochs=40, runs=2, family='cnn'), provenance=dict(profile='paper', device='a CPU', git_sha='0123456789abcdef', git_dirty=True, versions=dict(torch='2.11')), wall_seconds=12)
+    save_result(tmp_path, 'cnn_cifar100', pd.DataFrame(rows), pd.DataFrame(runs), about)
+    lines = of(tmp_path, 'Table 8').query('experiment == "cnn_cifar100"').set_index('number')
+    assert 'disjoint, HC contains' not in lines.index and lines.verdict['disjoint, HC'] == '5.0 points lower'
+    assert lines.ours['γ = 3, HC contains'] == 97 and lines.verdict['γ = 3, HC contains'] == '47.0 points higher' and lines.verdict['γ = 3, HC'] == 'one router for every γ'
+    assert lines.ours['disjoint, FC with the oracle router'] == pytest.approx(61) and lines.sd['disjoint, FC with the oracle router'] == pytest.approx(100*np.std([.6, .62], ddof=1))
+    assert lines.ours['γ = 3, FC with the oracle router'] == pytest.approx(30) and lines.n['γ = 3, FC with the oracle router'] == 2
+    write_summary(tmp_path)
+    kept = pd.read_csv(tmp_path/'summary.csv').query('experiment == "cnn_cifar100"').set_index('number').loc['γ = 3, FC']
+    assert kept[['parameters', 'MACs', 'page_wall_seconds', 'versions', 'git_sha', 'git_dirty', 'n']].tolist() == [5, 7, 12, 'torch 2.11', '0123456789abcdef', True, 2]
+
+
+def test_the_overview_counts_what_agrees_and_says_how_it_was_made(tmp_path):
+    keep(tmp_path, 'mlp_caltech101', [hierarchy_row('flat', 40.5, 6), hierarchy_row('disjoint', 31., 6)], epochs=40, runs=6, family='mlp')
+    keep(tmp_path, 'cnn_cifar100', [hierarchy_row('flat', 47., 1)], epochs=10, runs=1, family='cnn')
+    for f in (repository/'figures').glob('memory*'): shutil.copy(f, tmp_path)
+    short = overview(summary_lines(tmp_path)).set_index('table')
+    assert short.loc['Table 3'].tolist() == [3, 2, 1, '-9.0', '● full'] and short.loc['Table 8'].tolist() == [1, 1, 0, '+7.0', '○ in part']
+    assert short.loc['Table 11', 'made'] == 'not run here: images of ImageNet absent' and short.loc['Table 12', 'made'] == 'counted'
+    assert set(short.index) == {f'Table {i}' for i in range(1, 17)}
 
 
 def test_clusterings_that_were_left_out_are_named(tmp_path):
@@ -107,7 +134,9 @@ def test_the_trunk_stands_beside_the_flat_net(tmp_path):
     keep(tmp_path, 'trunk_cifar100_one_cycle', TRUNK, profile='cpu', epochs=8, runs=2)
     lines, left = (of(tmp_path, 'Beyond 1').query(f'verdict {sign} "not run yet"').set_index('number') for sign in ('!=', '=='))
     assert left.experiment.tolist() == ['trunk_cifar100_paper, trunk_best_cifar100_one_cycle, trunk_best_cifar100_paper']
-    assert list(lines.index) == ['CNN_1, flat, accuracy', 'CNN_2, flat, accuracy', 'shared trunk, top-1, accuracy', 'shared trunk, product, accuracy', 'HD-CNN, product, accuracy']
+    assert list(lines.index) == ['CNN_1, flat, accuracy', 'CNN_2, flat, accuracy', 'shared trunk, top-1, accuracy', 'shared trunk, product, accuracy', 'HD-CNN, product, accuracy',
+                                 'all flat nets, ensemble, accuracy']
+    assert lines.MACs.eq(1e7).all() and lines.parameters.eq(262144).all()
     assert lines.verdict['CNN_1, flat, accuracy'] == 'the flat net to beat'
     assert lines.verdict['shared trunk, product, accuracy'] == '+4.0 points (95 %: +3.0 to +5.0) against the flat net, 38% of its multiplications, 80% of its parameters'
     assert lines.protocol.eq('8 epochs').all() and lines.profile.eq('cpu').all() and lines.n.eq(2).all()
