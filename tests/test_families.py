@@ -206,6 +206,42 @@ def test_batch_normalisation_is_trained_as_a_learner_does(dls, how):
     assert same(learn.model, loop) and gap(steps, loop) < 1e-5
 
 
+# ---- on a GPU
+
+def share_apart(net, other, first):
+    "How far two networks lie apart, as a share of how far the other has come from where it started: the larger of weights and running statistics"
+    kinds = [lambda net: net.parameters()] + [lambda net: (b for b in net.buffers() if b.is_floating_point())]*any(True for _ in net.buffers())
+    away = lambda a, b, kind: sum((x - y).norm()**2 for x, y in zip(kind(a), kind(b)))**.5
+    return max((away(net, other, kind)/away(other, first, kind)).item() for kind in kinds)
+
+
+def as_in(spec, view, seed):
+    "A network with batch normalisation, or of a specification"
+    return flat_network(dry_cnn, len(view.vocab), (3, 16, 16), batch_norm=True, seed=seed).to(view.device) if spec == 'normed' else Job(view, spec, seed).build()
+
+
+@recipes
+@pytest.mark.parametrize('spec, precision, tolerance', [('MLP_7_5', 'float32', .01), (dry_cnn, 'float32', .1), ('normed', 'float32', .1), (dry_cnn, 'bfloat16', .3)],
+                         ids=['MLP', 'CNN', 'batch norm', 'CNN in bfloat16'])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here, on which steps are recorded as CUDA graphs')
+def test_on_a_gpu_recorded_and_fused_steps_are_those_of_the_loop(images, monkeypatch, how, spec, precision, tolerance):
+    dls, how, recordings = images.dataloaders(device='cuda'), replace(how, wd=.01, precision=precision), []
+    monkeypatch.setattr(families, '_record', lambda steps: recordings.append(steps) or _record(steps))
+    views = [class_view(dls, c) for c in ([0, 1, 2], [3, 4, 5, 6, 7], [7, 8])]
+    new = lambda: [as_in(spec, view, i) for i, view in enumerate(views)]
+    trained = lambda: [train(net, view, how, i) for i, (net, view) in enumerate(zip(new(), views))]
+    if how.optimizer == 'sgd': tolerance /= 5 # Adam makes more of rounding
+    apart = lambda nets: max(map(share_apart, nets, loop, new()))
+    with monkeypatch.context() as m:
+        m.setattr(families, 'can_be_recorded', lambda dls: False)
+        loop = trained()
+    assert not recordings
+    assert apart(trained()) < tolerance and len(recordings) == 3
+    if spec == 'normed': return
+    together = fit_networks([Job(view, spec, i) for i, view in enumerate(views)], how) # fused, or side by side
+    assert apart(together) < tolerance and len(recordings) == (3 if spec == 'MLP_7_5' else 6)
+
+
 # ---- lists of jobs
 
 def test_networks_come_in_the_order_of_their_jobs_however_they_are_trained(dls):
