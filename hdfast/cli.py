@@ -279,7 +279,7 @@ def decompose(
     recipe:str=None,      # how networks are trained: paper (SGD, 40 epochs) or one_cycle (Adam, 24 epochs) (default: one_cycle; with --router or --expert paper)
     epochs:int=None,      # passes over the training images, if not the recipe's
     flat:str='CNN_1',     # the flat network: CNN_1 to CNN_5, CNN_TL_1 to CNN_TL_5, or an MLP such as MLP_200_150
-    trunk:str=None,       # the network whose convolutions router and experts share (default: wide, which is made for it; slim is quicker, and a little less accurate)
+    trunk:str=None,       # the network whose convolutions router and experts share (default: wide, which is made for it; slim is quicker, and lost a point or two on CIFAR-100)
     router:str=None,      # in place of a trunk, as in the paper: a network of its own that picks a cluster (default if only --expert is given: CNN_2)
     expert:str=None,      # and networks of their own that decide within a cluster (default if only --router is given: CNN_3)
     seed:int=0,           # of everything random
