@@ -33,7 +33,7 @@ def home(tmp_path_factory):
     (objects/'056.dog'/'greg').mkdir() # so in the published archive
     (objects/'056.dog'/'greg'/'vision309').write_text('')
     (objects/'126.ladder'/'RENAME2').write_text('')
-    for i in range(101):
+    for i in range(201):
         mean, wnid = rng.uniform(0, 255, (3, 3, 3)), f'n{1440764 + 7*i:08d}'
         for part, n in (('train', 4), ('val', 2)): write_jpegs(net/part/wnid, f'{wnid}_{{}}.JPEG', n, mean, rng)
     with pytest.MonkeyPatch.context() as patch:
@@ -54,25 +54,43 @@ def run(home, tmp_path_factory):
     return run
 
 
-def test_caltech_256(run):
-    found, out = run('mlp_caltech256', n_clusters=2, gammas=[0, 3], runs=1)
+@pytest.mark.parametrize('family, item', [('mlp', 'Table 5'), ('cnn', 'Table 6')])
+def test_caltech_256(run, family, item):
+    found, out = run(name := f'{family}_caltech256', n_clusters=2, gammas=[0, 3], runs=1)
     assert isinstance(found, dict), found
-    table, about = load_result(out, 'mlp_caltech256')
+    table, about = load_result(out, name)
     assert about['parameters']['dataset'] == 'caltech256' and about['parameters']['epochs'] == 1
     assert table.gamma.tolist() == ['flat', 'disjoint', '3'] and table['paper FC'].notna().all() and table.n.eq(1).all()
     assert '257.clutter' in str(about['hierarchies']['fold 0']) # the clutter is a class like any other
-    assert (out/'mlp_caltech256_dendrogram.svg').exists()
-    lines = summary_lines(out).query("item == 'Table 5'")
-    assert lines.protocol.dropna().str.startswith('○ 1 of 40 epochs, 1 of 6 runs').all() and lines.protocol.notna().sum() == 5
+    picture = (out/f'{name}_dendrogram.svg').read_text()
+    assert all(f'<!-- {c} -->' in picture for c in OBJECTS)
+    if family == 'cnn': assert 'cnn_caltech256_dendrogram.svg' in (out/'summary.md').read_text() # Fig. 6b
+    lines = summary_lines(out).query("item == @item")
+    assert lines.experiment.eq(name).all() and lines.protocol.dropna().str.startswith('○ 1 of 40 epochs, 1 of 6 runs').all() and lines.protocol.notna().sum() == 5
 
 
-def test_imagenet_dendrogram(run):
-    found, out = run('cnn_imagenet100', runs=1)
+@pytest.mark.slow
+def test_caltech_256_with_experts_chosen_from_all_candidates(run):
+    found, out = run('selection_joint_caltech256', n_clusters=3, runs=1)
     assert isinstance(found, dict), found
-    table, about = load_result(out, 'cnn_imagenet100')
+    table, about = load_result(out, 'selection_joint_caltech256')
+    assert table.fillna({'clustering': ''}).set_index(['clustering', 'experts']).paper.dropna().to_dict() == {
+        ('', 'flat net'): 36.21, ('learned', 'fixed'): 28.34, ('learned', 'oracle of CNNs'): 29.54, ('learned', 'oracle'): 36.54}
+    assert table.accuracy.between(0, 100).all() and about['networks'] == 17*len(about['chosen'])
+    assert set(', '.join(c['classes'] for c in about['chosen']).split(', ')) <= {*OBJECTS}
+    lines = summary_lines(out).query("experiment == 'selection_joint_caltech256'")
+    assert lines.item.eq('Table 10').all() and lines.protocol.eq('○ 1 of 40 epochs, 1 of 6 runs').all() and lines.paper.notna().sum() == 4
+
+
+@pytest.mark.parametrize('n', [100, 200])
+def test_imagenet_dendrogram(run, n):
+    found, out = run(name := f'cnn_imagenet{n}', runs=1)
+    assert isinstance(found, dict), found
+    table, about = load_result(out, name)
     assert len(about['hierarchies']['seed 0']) and table.gamma.tolist() == ['flat', 'disjoint']
-    picture = (out/'cnn_imagenet100_dendrogram.svg').read_text()
-    assert picture.count('<!-- n0') == 100 # a leaf for each class that was drawn
+    picture = (out/f'{name}_dendrogram.svg').read_text()
+    assert picture.count('<!-- n0') == n # a leaf for each class that was drawn
+    assert f'{name}_dendrogram' in (out/'summary.md').read_text()
 
 
 @pytest.mark.slow
