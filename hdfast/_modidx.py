@@ -721,6 +721,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'hdfast.summary._oracle': ('summary.html#_oracle', 'hdfast/summary.py'),
                                 'hdfast.summary._over': ('summary.html#_over', 'hdfast/summary.py'),
                                 'hdfast.summary._picture': ('summary.html#_picture', 'hdfast/summary.py'),
+                                'hdfast.summary._quoted': ('summary.html#_quoted', 'hdfast/summary.py'),
                                 'hdfast.summary._ratios': ('summary.html#_ratios', 'hdfast/summary.py'),
                                 'hdfast.summary._sections': ('summary.html#_sections', 'hdfast/summary.py'),
                                 'hdfast.summary._selected': ('summary.html#_selected', 'hdfast/summary.py'),

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .experiments import EXPERIMENTS, commits, load_result, write_aside
+from .experiments import EXPERIMENTS, commits, load_result, paper_table, write_aside
 
 # %% ../nbs/82_summary.ipynb #73b0d5b4
 @dataclass(frozen=True)
@@ -126,6 +126,10 @@ def _accounts(table, item):
         off = 'no account' if pd.isna(r['account']) else f"differs by {abs(r['difference']):.4g}"
         yield dict(number=f"{r['row']}, {r['what']}", ours=r['account'], paper=r['printed'], verdict='agrees' if r['explained'] in (True, 'True') else off)
 
+def _quoted():
+    "Lines on the accuracies that Table 13 prints."
+    for r in paper_table('Table 13')['rows']: yield dict(number=f"{r['model']}, accuracy", paper=float(r['accuracy']), verdict='not run here: images of ImageNet absent')
+
 # %% ../nbs/82_summary.ipynb #82b0e008
 def _against_flat(r):
     "How a row of the shared-trunk table stands to the first flat net."
@@ -189,7 +193,7 @@ def lines_of(
 def _lines(item, name, table, about, out):
     if item.name in ('Table 14', 'Table 15', 'Table 16'): return _layers(out, name, item.name)
     if item in BEYOND and name == 'memory': return _family(about)
-    if 'account' in table: return _accounts(table, item.name)
+    if 'account' in table: return [*_accounts(table, item.name), *(_quoted() if item.name == 'Table 13' else [])]
     if 'margin' in table: return _trunk(table, item)
     if 'T router' in table: return _calibrations(table)
     if 'ratio' in table: return _ratios(table, about)
