@@ -167,11 +167,11 @@ def test_all_faulty_pages_were_tried(faults): assert list(faults[0]) == list(FAU
 
 
 PAPERMILLS = {
+    'keyboard_interrupt': 'code cell 2 failed: KeyboardInterrupt',
     'broken': 'code cell 2 failed: SyntaxError: Missing parentheses', 'broken1': 'code cell 3 failed: AssertionError', 'broken2': 'code cell 3 failed: ',
     'line_magic_error': 'code cell 2 failed: UsageError', 'read_check': 'code cell 3 failed: AssertionError', 'test_logging': "code cell 4 failed: ModuleNotFoundError: No module named 'ggplot'",
     'sysexit': 'code cell 3 ended the page early by sys.exit(0)', 'sysexit0': 'code cell 3 ended the page early by sys.exit(0)',
-    'sysexit1': 'code cell 3 ended the page early by sys.exit(1)', 'systemexit': 'code cell 3 ended the page early by sys.exit(0)',
-    'keyboard_interrupt': 'code cell 2 failed: KeyboardInterrupt'}
+    'sysexit1': 'code cell 3 ended the page early by sys.exit(1)', 'systemexit': 'code cell 3 ended the page early by sys.exit(0)'}
 
 
 def fitted(notebook, file):
