@@ -214,6 +214,9 @@ def _cell_error(copy):
         error = next((o for o in cell['outputs'] if o['output_type'] == 'error'), None)
         if error and error['ename'] == 'SystemExit': return f"code cell {i} ended the page early by sys.exit({error['evalue'] or 0})"
         if error: return f"code cell {i} failed: {error['ename']}: {error['evalue']}".rstrip(': ')
+        if cell['metadata'].get('papermill', {}).get('exception'): # of a misused magic, which IPython tells on standard error only
+            said = ''.join(''.join(o['text']) for o in cell['outputs'] if o.get('name') == 'stderr').strip()
+            return f"code cell {i} failed: {said.splitlines()[-1] if said else ''}".rstrip(': ')
     if not all(c['metadata'].get('papermill', {}).get('status') == 'completed' for c in cells): return None
     missing = next((i for i, c in enumerate(cells, 1) if not c['ran']), None)
     if missing: return f'code cell {missing} did not run'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ITEMS', 'BEYOND', 'SHOWN', 'KEPT', 'Item', 'verdict', 'protocol', 'lines_of', 'summary_lines', 'overview',
-           'write_summary']
+           'beside_paper', 'write_summary']
 
 # %% ../nbs/82_summary.ipynb #a2386fb0
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .experiments import EXPERIMENTS, commits, load_result, paper_table, write_aside
+from .experiments import EXPERIMENTS, commits, load_result, paper_table, repository, write_aside
 
 # %% ../nbs/82_summary.ipynb #73b0d5b4
 @dataclass(frozen=True)
@@ -252,6 +252,16 @@ def _over(item, lines):
     made = '● full' if marks == {'●'} else '○ in part' if marks == {'○'} else 'some ● full, some ○ in part' if marks else 'counted'
     return {'table': item, 'numbers': len(ours), "beside the paper's": len(both), 'agree': sum(v.startswith('agrees') for v in both.verdict),
             'largest gap, points': f'{gaps[gaps.abs().idxmax()]:+.1f}' if len(gaps) else '', 'made': made if len(ours) else lines.verdict.iloc[0]}
+
+# %% ../nbs/82_summary.ipynb #82b0e013
+def beside_paper(
+    *items,                     # names such as 'Table 3'
+    out=repository/'figures',   # folder of results
+) -> pd.DataFrame:              # index: item and experiment
+    "The numbers of some tables that stand beside one of the paper's: ours, the paper's, the verdict, how far the protocol was kept."
+    lines = summary_lines(out)
+    both = lines[lines.item.isin(items) & lines.ours.notna() & lines.paper.notna()]
+    return both.set_index(['item', 'experiment'])[['number', 'ours', 'sd', 'paper', 'verdict', 'protocol']].round(2)
 
 # %% ../nbs/82_summary.ipynb #d94b982a
 def _shown(column):

@@ -1,6 +1,7 @@
 "The runner: broken pages end in named failures, what needs them is blocked, the rest goes on, and the same command resumes."
 import json, multiprocessing, os, random, shutil, signal, subprocess, sys, threading, time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -214,10 +215,8 @@ def papermills(tmp_path_factory):
         return reproduce('smoke', None, tmp/'out', device='cpu', say=str, jobs=2)
 
 
-MISNAMED = 'IPython tells of a misused line magic on standard error only, so the failure has no cell and no kind: Exception encountered at "In [3]":'
-
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.xfail(strict=True, reason=MISNAMED)) if n == 'line_magic_error' else n for n in PAPERMILLS])
+@pytest.mark.parametrize('name', PAPERMILLS)
 def test_papermills_broken_notebooks_have_named_failures(papermills, name):
     of_papermill(name)
     text = why(papermills, name)
@@ -369,6 +368,24 @@ def test_what_most_time_hangs_on_starts_first(pages, run, tmp_path, lines):
     run()
     ended = [line.split(']')[1].split(':')[0].strip() for line in lines if line.startswith('[')]
     assert ended == ['key', 'lengthy', 'door', 'brief']
+
+
+def test_what_waits_counts_where_nothing_was_timed(pages, run, lines):
+    for name, needs in dict(leaf=(), key=(), door=['key']).items(): pages(name, SAVE, needs=needs)
+    run()
+    assert [line.split(']')[1].split(':')[0].strip() for line in lines if line.startswith('[')][0] == 'key'
+
+
+@pytest.mark.parametrize('failing, done, needed', [('[]', ['page.1.1 | [0]', 'page.1.2 | [3]', 'page.1.3 | [5]', 'page | [0, 3, 5]'], None), ('[3]', ['page.1.1 | [0]', 'page.1.3 | [5]'], 'page.1.2'),
+                                                   ('[0]', [], 'page.1.1, page.1.2, page.1.3')])
+def test_the_others_wait_for_the_first_overlap_factor(pages, tmp_path, lines, failing, done, needed):
+    e = pages('page', parameters=dict(runs=1, gammas=[0, 3, 5]))
+    write_page(runner.pages_folder/e.page, f'assert gammas != {failing}\nprint(gammas)', SAVE, parameters=PARAMETERS + '\ngammas = [0]')
+    runner.EXPERIMENTS['page'] = replace(e, profiles={'cpu': {}})
+    found = reproduce('cpu', None, tmp_path/'out', device='cpu', jobs=2, say=lines.append)
+    said = [line for line in lines if '|' in line]
+    assert sorted(said) == sorted(done) and said[:1] == done[:1]
+    if needed: assert why(found, 'page') == f'blocked: it needs {needed}'
 
 
 def test_jobs_run_at_once_and_alone_runs_alone(pages, run, tmp_path):
