@@ -66,7 +66,7 @@ def test_caltech_256(run, family, item):
     assert all(f'<!-- {c} -->' in picture for c in OBJECTS)
     if family == 'cnn': assert 'cnn_caltech256_dendrogram.svg' in (out/'summary.md').read_text() # Fig. 6b
     lines = summary_lines(out).query("item == @item")
-    assert lines.experiment.eq(name).all() and lines.protocol.dropna().str.startswith('○ 1 of 40 epochs, 1 of 6 runs').all() and lines.protocol.notna().sum() == 5
+    assert lines.experiment.eq(name).all() and lines.protocol.dropna().str.startswith('○ 1 of 40 epochs, 1 of 6 runs').all() and lines.protocol.notna().sum() == 8
 
 
 @pytest.mark.slow

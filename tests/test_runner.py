@@ -351,7 +351,8 @@ def test_a_part_that_fails_blocks_the_whole(pages, run):
     assert 'blocked: it needs page.2' in why(run(jobs=2), 'page')
 
 
-def test_overlap_factors_are_split_too(tmp_path):
+def test_overlap_factors_are_split_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, 'pages_folder', PAGES)
     e = EXPERIMENTS['mlp_cifar100']
     *parts, whole = tasks_of(e, 'paper', tmp_path, jobs=2)
     assert [t.parameters['gammas'] for t in parts] == [[0], [3], [5]]*3 and [t.parameters['first'] for t in parts] == [0]*3 + [1]*3 + [2]*3
