@@ -625,6 +625,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'hdfast.runner._print_result': ('runner.html#_print_result', 'hdfast/runner.py'),
                                'hdfast.runner._receipt': ('runner.html#_receipt', 'hdfast/runner.py'),
                                'hdfast.runner._result': ('runner.html#_result', 'hdfast/runner.py'),
+                               'hdfast.runner._same_kind': ('runner.html#_same_kind', 'hdfast/runner.py'),
                                'hdfast.runner._stamp': ('runner.html#_stamp', 'hdfast/runner.py'),
                                'hdfast.runner._why': ('runner.html#_why', 'hdfast/runner.py'),
                                'hdfast.runner.check_page': ('runner.html#check_page', 'hdfast/runner.py'),

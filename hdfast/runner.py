@@ -42,6 +42,12 @@ def page_parameters(
         raise ValueError(f"the parameters cell of {Path(page).name} may hold nothing but lines such as epochs = 40") from e
 
 # %% ../nbs/85_runner.ipynb #ee273f33
+def _same_kind(value, default):
+    "Whether a parameter may have this value: None takes all, a list what its first element takes."
+    if default is None or (type(value), type(default)) == (int, float): return True
+    if type(value) is not type(default): return False
+    return not isinstance(default, list) or not default or all(_same_kind(v, float(e) if type(e := default[0]) is int else e) for v in value)
+
 def check_page(
     page,            # path of a notebook
     parameters:dict, # to be put in
@@ -51,8 +57,7 @@ def check_page(
     unknown = ', '.join(sorted(set(parameters) - set(known)))
     if unknown: raise ValueError(f"{Path(page).name} has no parameter {unknown}; it has {', '.join(sorted(known))}")
     for name, value in parameters.items():
-        wanted, default = type(value), known[name]
-        if default is not None and wanted is not type(default) and (wanted, type(default)) != (int, float):
+        if not _same_kind(value, default := known[name]):
             raise ValueError(f"{Path(page).name}: {name} = {value!r} is of another kind than the page's {name} = {default!r}")
 
 # %% ../nbs/85_runner.ipynb #c5be603f

@@ -108,9 +108,11 @@ def test_two_parameters_cells_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize('given, message', [({'step': 1}, 'no parameter step; it has first, name'), ({'steps': '3'}, "steps = '3' is of another kind"),
-    ({'steps': True}, 'another kind'), ({'steps': 3.5}, 'another kind'), ({'name': ['page']}, 'another kind')])
+    ({'steps': True}, 'another kind'), ({'steps': 3.5}, 'another kind'), ({'name': ['page']}, 'another kind'), ({'gammas': ['3']}, "gammas = ['3'] is of another kind"),
+    ({'gammas': [3, True]}, 'another kind'), ({'names': ['a', 1]}, 'another kind'), ({'gammas': 3}, 'another kind')])
 def test_unknown_and_mistyped_parameters(tmp_path, given, message):
-    write_page(tmp_path/'page.ipynb', SAVE)
+    write_page(tmp_path/'page.ipynb', SAVE, parameters=PARAMETERS + "\ngammas = [0, 3]\nnames = ['a']")
+    check_page(tmp_path/'page.ipynb', dict(gammas=[2.5, 3], names=['b', 'c'], steps=4))
     with pytest.raises(ValueError, match=message.replace('[', r'\[')): check_page(tmp_path/'page.ipynb', given)
 
 
