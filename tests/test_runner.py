@@ -107,7 +107,7 @@ def test_two_parameters_cells_are_refused(tmp_path):
     with pytest.raises(ValueError, match='2 cells tagged'): page_parameters(tmp_path/'page.ipynb')
 
 
-@pytest.mark.parametrize('given, message', [({'step': 1}, 'no parameter step; it has first, name'), ({'steps': '3'}, "steps = '3' is of another kind"),
+@pytest.mark.parametrize('given, message', [({'step': 1}, 'no parameter step; it has first, gammas, name, names'), ({'steps': '3'}, "steps = '3' is of another kind"),
     ({'steps': True}, 'another kind'), ({'steps': 3.5}, 'another kind'), ({'name': ['page']}, 'another kind'), ({'gammas': ['3']}, "gammas = ['3'] is of another kind"),
     ({'gammas': [3, True]}, 'another kind'), ({'names': ['a', 1]}, 'another kind'), ({'gammas': 3}, 'another kind')])
 def test_unknown_and_mistyped_parameters(tmp_path, given, message):
