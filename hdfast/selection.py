@@ -31,8 +31,9 @@ from .clustering import ClassHierarchy, check_one_level, palette, sub_confusion
 from .confusion import check_confusion, distance_matrix
 from .families import Job, bar_over, fit_networks
 from .hierarchical import HierarchicalClassifier, class_scores
-from .learners import accuracy_on, as_view, check_classes, class_counts, class_view, held_out_confusion, probabilities, recipe
+from .learners import accuracy_on, as_view, check_classes, class_counts, class_view, held_out_confusion, input_shape, probabilities, recipe
 from .linkage import average_linkage
+from .memory import family_memory, network_memory
 from .networks import NetworkSpec, mlp_spec, n_parameters, network_spec
 
 # %% ../nbs/60_selection.ipynb #5d2889e4
@@ -441,15 +442,22 @@ def choice_rows(
     seed:int=0,       # as for the trials
     cache=None,       # that of the trials
     flat=None,        # the flat network, for its own row
-) -> pd.DataFrame:    # index: way to choose; shares in [0, 1], and parameters of the whole family
-    "Accuracy of the hierarchical classifier on the test images, for each way to choose its experts."
-    rows = {} if flat is None else {'flat net': class_scores(*probabilities(flat, dls[2])) | {'parameters': n_parameters(flat)}}
+) -> pd.DataFrame:    # index: way to choose; shares in [0, 1], parameters of the whole family, multiplications (MACs) for one image
+    "Accuracy of the hierarchical classifier on the test images, for each way to choose its experts, and what it costs."
+    rows = {} if flat is None else {'flat net': class_scores(*probabilities(flat, dls[2])) | _flat_cost(flat, h.n_classes, input_shape(dls))}
     for way, specs in experts.items():
         model = HierarchicalClassifier(h, router, specs, recipe, seed).fit(dls, cache, progress=False)
         table = model.evaluate_routed(dls[2])
         rows[way] = {**table.loc['top-1'], 'oracle router': table.loc['oracle router', 'FC'],
-                     'parameters': sum(n_parameters(m) for m in (model.router, *model.experts) if m is not None)}
+                     'parameters': sum(n_parameters(m) for m in (model.router, *model.experts) if m is not None), 'MACs': _routed_macs(model, dls[2])}
     return pd.DataFrame(rows).T
+
+def _flat_cost(net, n_classes, shape): return dict(parameters=n_parameters(net), MACs=network_memory(net, n_classes, shape).macs)
+
+def _routed_macs(model, dl):
+    "Multiplications for one image, on average over the clusters that the images are sent to."
+    sent = np.bincount(model.cluster_proba(dl).argmax(1), minlength=model.hierarchy.n_clusters)
+    return family_memory(model, routing=sent/sent.sum()).macs['one image', 'separate']
 
 # %% ../nbs/60_selection.ipynb #75a34922
 def chosen_specs(

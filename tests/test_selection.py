@@ -469,6 +469,11 @@ def test_choice_rows_are_those_of_the_classifier(fitted):
     by_hand = HierarchicalClassifier(h, 'MLP_4', s.best_specs(dls, h), short).fit(dls, cache, progress=False).evaluate(dls[2]).table
     assert rows.FC['best'] == by_hand.FC['top-1'] and rows['oracle router']['best'] == by_hand.FC['oracle router']
     assert rows.index.tolist() == ['one', 'best']
+    routed = HierarchicalClassifier(h, 'MLP_4', pair[0], short).fit(dls, cache, progress=False)
+    sent = np.bincount(routed.cluster_proba(dls[2]).argmax(1), minlength=h.n_clusters)/len(dls[2].dataset)
+    inputs = np.prod(routed.shape)
+    hand = inputs*4 + 4*h.n_clusters + sum(share*(inputs*4 + 4*len(q)) for share, q in zip(sent, h.clusters) if len(q) > 1) # MLP_4 twice: router and expert
+    assert rows.MACs['one'] == pytest.approx(hand, rel=1e-6)
 
 
 def test_the_picture_counts():
