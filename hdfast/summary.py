@@ -93,6 +93,8 @@ def _arithmetic(about): return about['provenance'].get('arithmetic', 'float32')
 def _in_bfloat16(about): return about['parameters'].get('family') != 'mlp' and 'bfloat16' in _arithmetic(about)
 
 # %% ../nbs/82_summary.ipynb #173a3a93
+_SAME_HC = 'one router for every γ'
+
 def _accuracies(table, name, out):
     "Lines of Tables 3 to 8: HC, in both readings where they differ, and FC of every clustering, and FC if the cluster were given."
     for r in table.to_dict('records'):
@@ -101,7 +103,7 @@ def _accuracies(table, name, out):
             if pd.isna(r[ours]): continue
             paper = r[f'paper {what[:2]}']
             yield dict(number=f"{_clusters(r['gamma'])}, {what}", ours=r[ours], sd=r[f'{ours} sd'], n=r['n'], paper=paper, **_size(r),
-                       verdict='one router for every γ' if what == 'HC' and overlap else verdict(r[ours], paper))
+                       verdict=_SAME_HC if what == 'HC' and overlap else verdict(r[ours], paper))
     yield from _oracle(pd.read_csv(Path(out)/f'{name}_runs.csv'))
     wanted = ['disjoint' if g == 0 else f'{g:g}' for g in EXPERIMENTS[name].parameters['gammas']]
     yield from (dict(number=f'{_clusters(g)}, HC and FC', verdict='not run yet') for g in wanted if g not in set(table.gamma))
@@ -247,8 +249,8 @@ def overview(
 
 def _over(item, lines):
     ours = lines[lines.ours.notna()]
-    both = ours[ours.paper.notna()]
-    marks, gaps = {m[0] for m in ours.protocol if m} & {'●', '○'}, (both.ours - both.paper)[both.protocol != '']
+    both = ours[ours.paper.notna() & ~ours.number.str.endswith('HC contains') & ours.verdict.ne(_SAME_HC)]
+    marks, gaps = {m[0] if m[0] in '●○' else '○' for m in ours.protocol if m}, (both.ours - both.paper)[both.protocol != '']
     made = '● full' if marks == {'●'} else '○ in part' if marks == {'○'} else 'some ● full, some ○ in part' if marks else 'counted'
     return {'table': item, 'numbers': len(ours), "beside the paper's": len(both), 'agree': sum(v.startswith('agrees') for v in both.verdict),
             'largest gap, points': f'{gaps[gaps.abs().idxmax()]:+.1f}' if len(gaps) else '', 'made': made if len(ours) else lines.verdict.iloc[0]}
