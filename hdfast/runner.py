@@ -410,6 +410,7 @@ def chains(self:Runner,
         for n in needs[name]: chains[n] = max(chains[n], chains[name])
     return chains
 
+# %% ../nbs/85_runner.ipynb #a7a3828e
 @patch
 def startable(self:Runner, ready, running, chains) -> list:
     "Which of the tasks that are ready to start now, the longest chains first."

@@ -116,6 +116,7 @@ def _oracle(runs):
 def _size(r): return {c: r.get(c) for c in ('parameters', 'MACs')}
 def _clusters(gamma): return gamma if gamma in ('flat', 'disjoint') else f'γ = {gamma}'
 
+# %% ../nbs/82_summary.ipynb #173a3a94
 def _selected(table):
     "Lines of Tables 9 and 10: accuracy of every way to choose experts, or of every model."
     for r in table.to_dict('records'):
