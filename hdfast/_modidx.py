@@ -206,6 +206,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'hdfast.experiments._trunks': ('experiments.html#_trunks', 'hdfast/experiments.py'),
                                     'hdfast.experiments._trust': ('experiments.html#_trust', 'hdfast/experiments.py'),
                                     'hdfast.experiments._trusts': ('experiments.html#_trusts', 'hdfast/experiments.py'),
+                                    'hdfast.experiments.by_gamma': ('experiments.html#by_gamma', 'hdfast/experiments.py'),
+                                    'hdfast.experiments.by_variant': ('experiments.html#by_variant', 'hdfast/experiments.py'),
                                     'hdfast.experiments.caption': ('experiments.html#caption', 'hdfast/experiments.py'),
                                     'hdfast.experiments.commits': ('experiments.html#commits', 'hdfast/experiments.py'),
                                     'hdfast.experiments.device_name': ('experiments.html#device_name', 'hdfast/experiments.py'),

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['repository', 'FAMILIES', 'pages_folder', 'EXPERIMENTS', 'use_device', 'device_name', 'provenance', 'Family',
            'hierarchy_rows', 'runs_of', 'summarise', 'paper_table', 'write_aside', 'save_result', 'save_figure',
-           'load_result', 'makers', 'commits', 'caption', 'earlier_runs', 'paired_interval', 'Experiment']
+           'load_result', 'makers', 'commits', 'caption', 'earlier_runs', 'paired_interval', 'Experiment', 'by_gamma',
+           'by_variant']
 
 # %% ../nbs/80_experiments.ipynb #90864d6f
 import json, os, platform, subprocess, time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 import fastai, hdfast, scipy, sklearn, torch
@@ -300,11 +302,16 @@ class Experiment:
     profiles:dict   # profile -> further parameters; it is run under these profiles only
     needs:tuple=()  # names of experiments that have to be there before
     alone:bool=False # whether nothing may run beside it, as where time is measured
+    split:Callable=None # parameters -> those that differ in each part of a run; the first trains what all parts need
+
+def by_gamma(parameters):
+    "A part for each overlap factor."
+    return [dict(gammas=[g]) for g in parameters['gammas']]
 
 def _hierarchy(name, table, dataset, family, n_clusters, gammas, runs, needs=()):
     "A hierarchy experiment on real images."
     shared = dict(name=name, table=table, dataset=dataset, family=family, n_clusters=n_clusters, gammas=gammas)
-    return Experiment(name, table, 'hierarchy.ipynb', shared, {'cpu': dict(epochs=10, runs=1, precision='bfloat16'), 'paper': dict(epochs=40, runs=runs)}, needs)
+    return Experiment(name, table, 'hierarchy.ipynb', shared, {'cpu': dict(epochs=10, runs=1, precision='bfloat16'), 'paper': dict(epochs=40, runs=runs)}, needs, split=by_gamma)
 
 # %% ../nbs/80_experiments.ipynb #3a51c0f1
 def _accounting(name, table):
@@ -315,7 +322,7 @@ def _accounting(name, table):
 def _synthetic(family, **profiles):
     "The hierarchy experiment on the synthetic set."
     shared = dict(name=f'{family}_synthetic', table='', dataset='synthetic', family=family, n_clusters=6, gammas=[0, 3, 5])
-    return Experiment(f'{family}_synthetic', 'none: made by code', 'hierarchy.ipynb', shared, profiles)
+    return Experiment(f'{family}_synthetic', 'none: made by code', 'hierarchy.ipynb', shared, profiles, split=by_gamma)
 
 def _selection(name, table, dataset, family, n_clusters, clusterings=('learned',), **profiles):
     "An experiment on choosing the experts' networks."
@@ -359,23 +366,29 @@ _best = [f'{_wide}, tied', f'{_wide}, one cluster']
 _slim = [name.replace('wide', 'slim') for name in _best]
 _twins = [*(f'{name}, other seed' for name in _best), f'{_wide}, tied, max_size 10'] # for ensembles
 _normed = ['CNN_1, batch norm, drop'] # what CNN_1 gains from the wide trunk's other changes
-_balanced = [f'{_wide}, tied, balanced'] # where classes differ in size
+_balanced = [f'{name}, balanced' for name in _best] # where classes differ in size
 _few = ["the paper's hierarchy", 'shared trunk', 'shared trunk, tied', _wide, f'{_wide}, linear experts', *_best, *_slim, 'HD-CNN', *_normed, *_twins]
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
+
+def by_variant(parameters):
+    "The flat net to beat, then a part for each variant, with the other flat nets dealt out; all in one where variants aren't named."
+    (first, *others), variants = parameters['flats'], parameters['variants']
+    if variants == ['all']: return [{}]
+    return [dict(flats=[first], variants=[])] + [dict(flats=[first, *others[k::len(variants)]], variants=[v]) for k, v in enumerate(variants)]
 
 def _trunk(dataset, how, name=None, **profiles):
     "The shared-trunk experiment."
     name = name or f'trunk_{dataset}_{how}'
     shared = dict(name=name, dataset=dataset, how=how)
-    return Experiment(name, 'none: beyond the paper', 'trunk.ipynb', shared, profiles, alone=True)
+    return Experiment(name, 'none: beyond the paper', 'trunk.ipynb', shared, profiles, alone=True, split=by_variant)
 
 def _trunks(dataset, how):
     "The shared-trunk experiments on real images."
     shared = dict(epochs=RECIPES[how].epochs, max_size=5)
     cpu, paper = shared | dict(precision='bfloat16', flats=_cnns[:2]), shared | dict(flats=_cnns)
-    yield _trunk(dataset, how, cpu=cpu | dict(runs=1, flats=_cnns, variants=_few + _balanced*(dataset == 'caltech101')), paper=paper | dict(runs=3, variants=[]))
+    yield _trunk(dataset, how, cpu=cpu | dict(runs=1, flats=_cnns, variants=_few + _balanced*(dataset == 'caltech101')), paper=paper | dict(runs=3, variants=['all']))
     yield _trunk(dataset, how, f'trunk_best_{dataset}_{how}', cpu=cpu | dict(runs=3, variants=_best), paper=paper | dict(runs=6, variants=_best))
-    yield _trunk(dataset, how, f'trunk_trial_{dataset}_{how}', paper=paper | dict(runs=1, variants=[]))
+    yield _trunk(dataset, how, f'trunk_trial_{dataset}_{how}', paper=paper | dict(runs=1, variants=['all']))
 
 EXPERIMENTS |= {e.name: e for e in [
     _trunk('synthetic', 'one_cycle', 'trunk_synthetic', smoke=dict(epochs=3, runs=1, flats=_cnns[:2], variants=_few[:3], max_size=4)),

@@ -83,14 +83,14 @@ def select(
 @dataclass(frozen=True)
 class Task:
     "One page to execute."
-    name:str         # of the experiment, with the numbers of run and overlap factor behind it if it is a part
+    name:str         # of the experiment, with the numbers of run and part behind it if it is a part
     page:Path        # notebook
     parameters:dict  # to be put in
     needs:tuple=()   # names of tasks that have to succeed before
     alone:bool=False # nothing may run beside it
 
 # %% ../nbs/85_runner.ipynb #db62af4a
-SPLIT = {'runs', 'first', 'networks'} # a page that knows these parameters can be split, and by `gammas` too where it has them
+SPLIT = {'runs', 'first', 'networks'} # a page that knows these parameters can be split
 
 def tasks_of(
     e:Experiment,
@@ -98,20 +98,19 @@ def tasks_of(
     out,           # folder for results
     jobs:int=1,    # pages at once
 ) -> list:         # of `Task`; FileNotFoundError without the page, ValueError if it doesn't take the parameters
-    "The tasks of an experiment: itself and, with several jobs, before it its single runs and overlap factors."
+    "The tasks of an experiment: itself and, with several jobs, before it its single runs and their parts."
     page, out = pages_folder/e.page, Path(out)
     parameters = e.parameters | e.profiles[profile] | dict(profile=profile, out=str(out))
     if not page.exists(): raise FileNotFoundError(f"{page} isn't there: experiments run in a clone of the repository")
     check_page(page, parameters)
     whole = Task(e.name, page, parameters, tuple(e.needs), e.alone)
     if jobs == 1 or not SPLIT <= page_parameters(page).keys(): return [whole]
-    parts = [*_parts(whole, out)]
+    parts = [*_parts(e, whole, out)]
     return [*parts, replace(whole, needs=tuple(p.name for p in parts))] if len(parts) > 1 else [whole]
 
-def _parts(whole, out):
-    "Each run of an experiment, or each of its overlap factors; the first of a run trains what they share, so the others need it."
-    gammas = whole.parameters.get('gammas', []) if whole.parameters['profile'] != 'smoke' else [] # there it takes seconds
-    only = [dict(gammas=[g]) for g in gammas] if len(gammas) > 1 else [{}]
+def _parts(e, whole, out):
+    "Each run of an experiment, or each part of it; the first of a run trains what they share, so the others need it."
+    only = e.split(whole.parameters) if e.split and whole.parameters['profile'] != 'smoke' else [{}] # there it takes seconds
     for i in range(whole.parameters.get('runs', 1)):
         names = [f'{whole.name}.{i+1}' + f'.{j+1}'*(len(only) > 1) for j in range(len(only))]
         for name, one in zip(names, only):

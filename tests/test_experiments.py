@@ -5,7 +5,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from hdfast.experiments import EXPERIMENTS, caption, commits, earlier_runs, load_result, pages_folder, provenance, save_result
+from hdfast.experiments import EXPERIMENTS, by_variant, caption, commits, earlier_runs, load_result, pages_folder, provenance, save_result
 from hdfast.hdcnn import HDCNN
 from hdfast.hierarchical import HierarchicalClassifier
 from hdfast.trunk import SLIM, WIDE
@@ -144,3 +144,33 @@ def test_trust_finds_the_networks_of_the_trunks_and_treats_the_control_as_flat(t
     assert len(curves.groupby(by)) == len(table) and curves.groupby(by)['wanted coverage'].apply(list).map(lambda c: c == [*range(10, 101, 10)]).all()
     least = curves['coverage'] - curves['wanted coverage']
     assert (least > -1e-3).all() and curves[curves['wanted coverage'] == 100].set_index(by)['class accuracy'].sub(table.set_index(by).FC).abs().max() < 1e-3
+
+
+# trunks, variant by variant
+
+SPLIT_BY_VARIANT = [(e.name, e.parameters | more) for e in EXPERIMENTS.values() if e.split is by_variant for more in e.profiles.values() if more['variants'] != ['all']]
+
+@pytest.mark.parametrize('name, parameters', SPLIT_BY_VARIANT)
+def test_no_part_lacks_a_flat_net_that_its_variants_learn_from(name, parameters):
+    known, parts = variants_of('trunk.ipynb'), by_variant(parameters)
+    assert [v for part in parts for v in part['variants']] == parameters['variants'] and {n for part in parts for n in part['flats']} == {*parameters['flats']}
+    assert all(part['flats'][0] == parameters['flats'][0] for part in parts)
+    assert not any({'start', 'teachers'} & known[v].keys() for v in parameters['variants'])
+
+
+def test_parts_of_a_trunk_page_train_all_that_the_whole_needs(tmp_path, monkeypatch):
+    pytest.importorskip('papermill')
+    from hdfast import runner
+    small = dict(epochs=1, runs=1, flats=['CNN_2', 'CNN_3'], variants=['shared trunk', 'shared trunk, tied'], max_size=4)
+    def run(out, jobs):
+        monkeypatch.setattr(runner, 'EXPERIMENTS', {'trunk_synthetic': replace(EXPERIMENTS['trunk_synthetic'], profiles={'cpu': small})})
+        said = []
+        found = runner.reproduce('cpu', None, tmp_path/out, device='cpu', jobs=jobs, say=said.append)['trunk_synthetic']
+        assert isinstance(found, dict), found
+        return said, load_result(tmp_path/out, 'trunk_synthetic')[0].drop(columns='images/s'), {f.name for f in (tmp_path/out/'networks').glob('*.safetensors')}
+    said, parted, networks = run('parts', 2)
+    _, whole, same = run('whole', 1)
+    assert [line.split('] ')[1].split(':')[0] for line in said if line.startswith('[')][0] == 'trunk_synthetic.1.1' and len(networks) == 4
+    pd.testing.assert_frame_equal(parted, whole, rtol=1e-4)
+    assert networks == same
+    assert all('(0 s)' in line for line in said if line.startswith('trunk_synthetic |') and 'seed 0: ' in line) # it has only to evaluate

@@ -11,7 +11,7 @@ papermill = pytest.importorskip('papermill')
 psutil = pytest.importorskip('psutil')
 
 from hdfast import runner
-from hdfast.experiments import EXPERIMENTS, Experiment
+from hdfast.experiments import EXPERIMENTS, Experiment, by_gamma
 from hdfast.runner import PageFailure, Runner, Task, check_page, page_version, page_parameters, reproduce, select, tasks_of
 
 PAGES = runner.pages_folder
@@ -384,7 +384,7 @@ def test_what_waits_counts_where_nothing_was_timed(pages, run, lines):
 def test_the_others_wait_for_the_first_overlap_factor(pages, tmp_path, lines, failing, done, needed):
     e = pages('page', parameters=dict(runs=1, gammas=[0, 3, 5]))
     write_page(runner.pages_folder/e.page, f'assert gammas != {failing}\nprint(gammas)', SAVE, parameters=PARAMETERS + '\ngammas = [0]')
-    runner.EXPERIMENTS['page'] = replace(e, profiles={'cpu': {}})
+    runner.EXPERIMENTS['page'] = replace(e, profiles={'cpu': {}}, split=by_gamma)
     found = reproduce('cpu', None, tmp_path/'out', device='cpu', jobs=2, say=lines.append)
     said = [line for line in lines if '|' in line]
     assert sorted(said) == sorted(done) and said[:1] == done[:1]
