@@ -67,7 +67,7 @@ def _list_experiments(experiments, out):
 # %% ../nbs/90_cli.ipynb #b208bdfa
 def reproduce(
     profile:str='smoke', # smoke (synthetic images), cpu (real images, few epochs and runs, CNNs in bfloat16) or paper (the full protocol)
-    only:Annotated[str, dict(nargs='+', action='extend', metavar='NAME')]=None, # run only these experiments, and what they need; --list names them
+    only:Annotated[str, dict(nargs='+', action='extend', metavar='NAME')]=None, # run only these experiments (--list names them) or tables ('Table 8'), and what they need
     out:Annotated[str, dict(metavar='DIR')]=None, # where results go (default: runs/PROFILE)
     jobs:int=1,          # how many pages to run at once
     device:str=None,     # cpu, cuda or mps (default: the best there is)

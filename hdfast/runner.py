@@ -22,7 +22,7 @@ from fastprogress.fastprogress import format_time
 from filelock import FileLock, Timeout
 from .experiments import EXPERIMENTS, Experiment, device_name, pages_folder, repository, write_aside
 from .families import code_version
-from .summary import write_summary
+from .summary import ITEMS, write_summary
 
 # %% ../nbs/85_runner.ipynb #68517a84
 try: import psutil
@@ -65,14 +65,17 @@ PROFILES = ('smoke', 'cpu', 'paper')
 
 def select(
     profile:str='smoke', # 'smoke', 'cpu' or 'paper'
-    only=None,           # names of experiments; default all of the profile
+    only=None,           # names of experiments, or of the paper's tables and figures, such as 'Table 8'; default all of the profile
 ) -> list:               # of `Experiment`
     "The experiments of a profile, with those that they need; ValueError that lists them if a name is wrong."
     if profile not in PROFILES: raise ValueError(f"there is no profile {profile!r}; there are {', '.join(PROFILES)}")
     there = {name: e for name, e in EXPERIMENTS.items() if profile in e.profiles}
-    wrong = ', '.join(n for n in only or () if n not in there)
-    if wrong: raise ValueError(f"profile {profile} has no experiment {wrong}; it has {', '.join(there)}")
-    wanted, todo = set(), list(only or there)
+    called = {name: [name] for name in there}
+    for item in ITEMS: called.setdefault(item.name.lower(), []).extend(name for name in item.experiments if name in there)
+    meant = {name: called.get(name) or called.get(name.lower()) for name in only or there}
+    wrong = ', '.join(name for name, found in meant.items() if not found)
+    if wrong: raise ValueError(f"profile {profile} has no experiment {wrong}; it has {', '.join(there)}; 'Table 8' stands for those of that table")
+    wanted, todo = set(), [name for found in meant.values() for name in found]
     while todo:
         if (name := todo.pop()) in wanted or name not in there: continue
         wanted.add(name)

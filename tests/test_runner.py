@@ -123,6 +123,23 @@ def test_every_experiment_of_the_registry_can_be_planned(tmp_path):
             assert tasks_of(e, profile, tmp_path, jobs=4)[-1].name == e.name
 
 
+@pytest.mark.parametrize('profile, only, names', [
+    ('cpu', ['Table 8'], ['cnn_cifar100', 'cnn_cifar100_overlap']), ('smoke', ['table 1', 'audit'], ['architectures', 'audit']),
+    ('cpu', ['Table 10'], ['selection_cnn_caltech101', 'selection_joint_cifar100', 'selection_joint_caltech101', 'pretrain_cifar100', 'transfer_caltech101']),
+    ('paper', ['Fig. 7b', 'cnn_imagenet100'], ['cnn_imagenet100', 'cnn_imagenet200'])])
+def test_tables_and_figures_stand_for_their_experiments(profile, only, names):
+    assert [e.name for e in select(profile, only)] == names
+
+
+def test_every_table_and_figure_of_the_paper_can_be_asked_for():
+    for name in [*(f'Table {i}' for i in range(1, 17)), *(f'Fig. {i}' for i in (1, 2, 3, 4, 5, '6a', '6b', '7a', '7b'))]: assert select('paper', [name])
+
+
+@pytest.mark.parametrize('wrong', ['Table 11', 'Table 17', 'Fig. 7'])
+def test_what_a_profile_lacks_is_named(wrong):
+    with pytest.raises(ValueError, match=f"profile cpu has no experiment {wrong}; it has .*; 'Table 8' stands for"): select('cpu', ['Table 4', wrong])
+
+
 # ---- failures
 
 @pytest.mark.parametrize('counts, why', [
