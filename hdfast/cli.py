@@ -52,7 +52,8 @@ def _result(out, name):
     file = out/f'{name}.json'
     if not file.exists(): return '-'
     try: about = loads(file.read_text(encoding='utf-8'))
-    except JSONDecodeError: return 'unreadable'
+    except JSONDecodeError: about = {}
+    if not {'parameters', 'provenance'} <= about.keys(): return 'unreadable'
     runs = about['parameters'].get('runs')
     return about['provenance']['profile'] + (f", {runs} run{'s'*(runs > 1)}" if runs else '')
 
@@ -77,7 +78,7 @@ def reproduce(
 ) -> int: # exit status
     "Run the paper's experiments, and print their tables and where the figures are."
     from hdfast import experiments, runner
-    todo, out = runner.select(profile, only), Path(out or Path('runs')/profile)
+    todo, out = runner.select(profile, only), Path(out or Path('runs')/profile).expanduser()
     if list: return _list_experiments(experiments.EXPERIMENTS.values(), out)
     _check_run(out, jobs, timeout)
     device = str(_device(device)) if device else None
@@ -368,12 +369,12 @@ def _answers(model, images, top):
     import numpy as np, torch
     from hdfast.trunk import TrunkClassifier
     h = model.hierarchy
-    k = h.n_clusters if isinstance(model, TrunkClassifier) else 1
+    k = h.n_clusters if isinstance(getattr(model, 'model', model), TrunkClassifier) else 1 # a calibrated one has a model
     clusters, probs = model._clusters_and_classes(torch.from_numpy(np.stack(images)), k)
     if k == 1: probs = clusters.max(1, keepdims=True)*probs
     best = probs.argsort(1)[:, ::-1][:, :top]
     holding = lambda c: [q for q, members in enumerate(h.clusters) if c in members]
-    named = lambda row, ids: [(h.classes[c], round(float(row[c]), 6)) for c in ids]
+    named = lambda row, ids: [(h.classes[c], round(float(row[c]), 6)) for c in ids if row[c] > 0] # 0 outside the clusters that were asked
     return [(max(holding(ids[0]), key=p.__getitem__), named(row, ids)) for p, row, ids in zip(clusters, probs, best)]
 
 # %% ../nbs/90_cli.ipynb #1f657e6b
@@ -437,7 +438,7 @@ def bench(
 ) -> int: # exit status
     "Time hdfast beside fastai, plain PyTorch, SciPy and one flat network, and print the ratios."
     from hdfast import experiments, runner
-    names, out = _benchmarks(profile, only), Path(out)
+    names, out = _benchmarks(profile, only), Path(out).expanduser()
     _check_run(out, 1, None)
     print(f"{len(names)} benchmark{'s'*(len(names) > 1)}, {', '.join(names)}; each is timed alone, so let the machine do nothing else. Results go to {out}.", flush=True)
     r = runner.Runner(out, device=device and str(_device(device)), again=True, say=_say)

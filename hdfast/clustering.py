@@ -68,6 +68,8 @@ def overlap_clusters(
 ) -> tuple:      # clusters as sorted tuples of class ids; a class may now sit in several
     "Add to each cluster the classes that are routed into it often enough (step 4 of Algorithm 1, eq. 1 repaired)."
     if not gamma > 0: raise ValueError(f"gamma must be positive, got {gamma}; for disjoint clusters leave it out (None)")
+    wrong = [c for q in clusters for c in q if not 0 <= c < np.shape(C)[0]]
+    if wrong: raise ValueError(f"the clusters hold class {wrong[0]}, and C has the classes 0 to {np.shape(C)[0] - 1}")
     threshold = (1 - 1e-9)/(gamma*len(clusters))
     if threshold == 0: return (tuple(range(np.shape(C)[0])),)*len(clusters)
     C, sizes = sparse.csc_array(C), [len(q) for q in clusters]
@@ -296,6 +298,7 @@ def hierarchy_from_groups(
     classes = tuple(map(str, range(len(groups)) if classes is None else classes))
     disjoint = sorted(tuple(np.flatnonzero(groups == g).tolist()) for g in range(groups.max() + 1))
     if gamma is not None and C is None: raise ValueError("overlap by gamma needs the confusion matrix C")
+    if C is not None and np.shape(C)[0] != len(groups): raise ValueError(f"C is of {np.shape(C)[0]} classes, and there are {len(groups)} groups' labels: one for each class")
     two_levels = np.where(groups[:, None] == groups, .5, 1.) - .5*np.eye(len(groups))
     return ClassHierarchy(classes, disjoint if gamma is None else overlap_clusters(check_confusion(C), disjoint, gamma),
                           _home(disjoint, len(groups)), average_linkage(two_levels, classes), max(map(len, disjoint)), gamma)

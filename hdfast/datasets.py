@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from hashlib import blake2b
+from numbers import Integral
 from pathlib import Path
 from urllib.request import urlopen
 import numpy as np
@@ -187,7 +188,7 @@ def _rng(seed, *key):
 # %% ../nbs/00_datasets.ipynb #bd090e4a
 def _by_class(labels, classes):
     "Pairs of class name and positions of its images; ValueError naming classes without any"
-    labels, classes = np.asarray(labels), [str(c) for c in (range(classes) if isinstance(classes, int) else classes)]
+    labels, classes = np.asarray(labels), [str(c) for c in (range(classes) if isinstance(classes, Integral) else classes)]
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
         raise ValueError(f'labels run from {labels.min()} to {labels.max()}, classes from 0 to {len(classes)-1}')
     n = np.bincount(labels.astype(np.int64), minlength=len(classes))
@@ -469,27 +470,20 @@ def _class_folders(root):
 def _class_files(folder, only=None):
     "Images in a class folder; with `only`, those whose names match the pattern"
     subfolders, files = _entries(folder)
-    if only: subfolders, files = [], [f for f in files if fnmatch(f, only)]
+    if only: subfolders, files = [], [f for f in files if fnmatch(os.path.basename(f), only)]
     name = os.path.basename(folder)
     if subfolders: raise ValueError(f'class folder {folder} holds a folder, {os.path.basename(subfolders[0])}')
-    if not files: raise ValueError(f'no images for class {name}: {folder} holds none')
+    if not files: raise ValueError(f'no images for class {name}: {folder} holds no {only or "image"}')
     return files
 
 # %% ../nbs/00_datasets.ipynb #f6dcf1d1
-def _tree(root, classes=None, only=None):
-    "DataFrame of the files below `root`: file, class, superclass; of some `classes` or all"
-    found = [(sup, os.path.basename(f), f) for sup, f in _class_folders(root)]
-    for _, c, _ in found:
+def _tree(root):
+    "DataFrame of the class folders below `root`: folder, class, superclass"
+    found = pd.DataFrame([(f, os.path.basename(f), sup) for sup, f in _class_folders(root)], columns=['folder', 'class', 'superclass'])
+    for c in found['class']:
         try: c.encode()
         except UnicodeEncodeError as e: raise ValueError(f"{root}: the folder name {ascii(c)} isn't UTF-8; rename it") from e
-    if pd.Series([c for _, c, _ in found]).duplicated().any(): # the same class name in two superclasses
-        found = [(sup, f'{sup}/{c}', f) for sup, c, f in found]
-    if classes is not None:
-        missing = sorted(set(classes) - {c for _, c, _ in found})
-        if missing: raise ValueError(f'no folder in {root} for class {_some(missing)}')
-        found = [o for o in found if o[1] in set(classes)]
-    rows = [(file, c, sup) for sup, c, f in found for file in _class_files(f, only)]
-    return pd.DataFrame(rows, columns=['file', 'class', 'superclass'])
+    return found
 
 # %% ../nbs/00_datasets.ipynb #8493bf7a
 _part_names = ('train', 'training'), ('test', 'testing'), ('valid', 'val', 'validation') # in any case of letters
@@ -507,10 +501,17 @@ def _parts(path):
 # %% ../nbs/00_datasets.ipynb #5717535b
 def _folder_files(path, classes=None, only=None):
     "DataFrame of all files of an image folder: file, class, superclass, part; the classes are those of train"
-    trees = [_tree(root, classes, only).assign(part=part) for part, root in _parts(path).items()]
-    strange = sorted(set(pd.concat(trees)['class']) - set(trees[0]['class']))
+    t = pd.concat([_tree(root).assign(part=part) for part, root in _parts(path).items()], ignore_index=True)
+    if t.duplicated(['class', 'part']).any(): t['class'] = t.superclass + '/' + t['class'] # the same class name in two superclasses
+    if classes is not None:
+        wanted = set(classes)
+        missing = sorted(wanted - set(t['class'][t.part == TRAIN]))
+        if missing: raise ValueError(f'no folder in {_parts(path)[TRAIN]} for class {_some(missing)}')
+        t = t[t['class'].isin(wanted)]
+    strange = sorted(set(t['class']) - set(t['class'][t.part == TRAIN]))
     if strange: raise ValueError(f'{path}: no training images for class {_some(strange)}')
-    return pd.concat(trees, ignore_index=True).sort_values(['class', 'part', 'file'], ignore_index=True)
+    t = t.assign(file=[_class_files(f, only) for f in t.folder]).explode('file')
+    return t.sort_values(['class', 'part', 'file'], ignore_index=True)
 
 # %% ../nbs/00_datasets.ipynb #59fe4cc3
 def image_folder(

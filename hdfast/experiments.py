@@ -214,9 +214,10 @@ def save_figure(
 ) -> list:    # the two paths
     "Write a figure as .svg and .png, without a date in it so that equal figures are equal files."
     Path(out).mkdir(parents=True, exist_ok=True)
-    with plt.rc_context({'svg.hashsalt': name}): fig.savefig(Path(out)/f'{name}.svg', metadata={'Date': None})
-    fig.savefig(Path(out)/f'{name}.png', dpi=150)
-    return [Path(out)/f'{name}.svg', Path(out)/f'{name}.png']
+    files = [Path(out)/f'{name}.svg', Path(out)/f'{name}.png']
+    for file, more in zip(files, (dict(metadata={'Date': None}), dict(dpi=150))):
+        with plt.rc_context({'svg.hashsalt': name}), atomically(file) as part: fig.savefig(part, format=file.suffix[1:], **more)
+    return files
 
 # %% ../nbs/80_experiments.ipynb #864e58e5
 def load_result(
@@ -367,7 +368,7 @@ _slim = [name.replace('wide', 'slim') for name in _best]
 _twins = [*(f'{name}, other seed' for name in _best), f'{_wide}, tied, max_size 10'] # for ensembles
 _normed = ['CNN_1, batch norm, drop'] # what CNN_1 gains from the wide trunk's other changes
 _balanced = [f'{name}, balanced' for name in _best] # where classes differ in size
-_few = ["the paper's hierarchy", 'shared trunk', 'shared trunk, tied', _wide, f'{_wide}, linear experts', *_best, *_slim, 'HD-CNN', *_normed, *_twins]
+_few = ["the paper's hierarchy", 'shared trunk', 'shared trunk, tied', _wide, *_best, *_slim, 'HD-CNN', f'{_wide}, HD-CNN', *_normed, *_twins]
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
 
 def by_variant(parameters):

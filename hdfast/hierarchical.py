@@ -37,12 +37,13 @@ def combine(
 ) -> torch.Tensor:   # class probabilities, (N, K), rows sum to 1
     "Confidence of every class (eq. 2) over the `k` best clusters, normalised."
     if duplicates not in ('sum', 'max'): raise ValueError(f"duplicates must be 'sum' or 'max', not {duplicates!r}")
-    out, best = torch.zeros(len(p), n_classes, dtype=p.dtype), p.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    if not 1 <= k <= p.shape[1]: raise ValueError(f"k = {k}: 1 to {p.shape[1]} clusters can be followed")
+    out, best = torch.zeros(len(p), n_classes, dtype=p.dtype, device=p.device), p.sort(dim=1, descending=True, stable=True).indices[:, :k]
     followed = torch.zeros_like(p, dtype=torch.bool).scatter_(1, best, True)
     for i, members in enumerate(clusters):
         rows = followed[:, i].nonzero()[:, 0]
         if not len(rows): continue
-        at = (rows[:, None], torch.tensor(members)[None])
+        at = (rows[:, None], torch.tensor(members, device=p.device)[None])
         confidence = p[rows, i, None]*assign(i, rows).to(p.dtype)
         out[at] = out[at] + confidence if duplicates == 'sum' else torch.maximum(out[at], confidence)
     return out/out.sum(1, keepdim=True)
@@ -142,7 +143,9 @@ def _raw(data):
     "Images, the rows of them that are meant, and targets or None, from an `ImageDL`, any other loader, or an array."
     if isinstance(data, ImageDL): return (v := data.dataset).images, v.index, None if v.targets is None else v.targets.cpu()
     if not hasattr(data, 'dataset'): return (images := torch.as_tensor(data)), torch.arange(len(images), device=images.device), None
-    x, *y = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(*data))
+    batches = [b if isinstance(b, (tuple, list)) else (b,) for b in data]
+    if not batches: raise ValueError("the loader has no images")
+    x, *y = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(*batches))
     return x, torch.arange(len(x), device=x.device), y[0].cpu() if y else None
 
 # %% ../nbs/50_hierarchical.ipynb #2dd05160
@@ -337,8 +340,8 @@ def _state(self:HierarchicalClassifier, prefix=''):
 def _kinds(cls): return [cls, *(kind for below in cls.__subclasses__() for kind in _kinds(below))]
 
 def _replaceable(folder):
-    "Whether `folder` is empty, or holds a saved classifier of any kind and nothing else; hidden files don't count."
-    names = {f.name for f in folder.iterdir() if f.name[0] != '.'}
+    "Whether `folder` is empty, or holds a saved classifier of any kind and nothing else; what file managers leave there doesn't count."
+    names = {f.name for f in folder.iterdir()} - {'.DS_Store', 'Thumbs.db', 'desktop.ini'}
     if names != {'classifier.json', 'model.safetensors'}: return not names
     text, formats = (folder/'classifier.json').read_text(encoding='utf-8', errors='replace'), [kind._format for kind in _kinds(HierarchicalClassifier)]
     return any(f'"format": "{start}' in text for start in ('hdfast.', *formats))
@@ -385,7 +388,7 @@ def save(self:HierarchicalClassifier,
     about = dict(format=self._format, versions=versions, provenance=provenance) | self._config()
     with _aside(folder) as part:
         save_file(self._state(), part/'model.safetensors')
-        (part/'classifier.json').write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')
+        (part/'classifier.json').write_text(json.dumps(about, indent=1, ensure_ascii=False, default=int), encoding='utf-8')
     return folder
 
 # %% ../nbs/50_hierarchical.ipynb #516364fc
@@ -466,9 +469,10 @@ def to(self:HierarchicalClassifier,
 ) -> HierarchicalClassifier:
     "Move every network to `device`."
     self._check_trained()
-    self.device = torch.device(device)
+    torch.empty(0, device=device) # fails where there is no such device, before anything has moved
     for net in (self.router, *self.experts):
         if net is not None: net.to(device)
+    self.device = torch.device(device)
     return self
 
 # %% ../nbs/50_hierarchical.ipynb #04198c5d

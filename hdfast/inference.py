@@ -74,9 +74,11 @@ def predict_in_batches(
 
 # %% ../nbs/37_inference.ipynb #3a7e0119
 def keep_memory(
-    most:int=2**30, # bytes that may lie idle, and size of the largest piece that is kept
+    most:int=2**30, # bytes that may lie idle, and size of the largest piece that is kept: less than 2 GB, and 32 MB with an old glibc
 ) -> bool:          # whether it did; other allocators than glibc's are left alone
     "Let the allocator of this process keep freed memory for the next tensors."
     try: mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError): return False
-    return all([mallopt(option, most) == 1 for option in (-1, -3)]) # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    most = min(most, 2**31 - 1) # an int of C
+    kept = mallopt(-3, most) == 1 or mallopt(-3, min(most, 2**25)) == 1 # M_MMAP_THRESHOLD
+    return kept and mallopt(-1, most) == 1 # M_TRIM_THRESHOLD; alone it would do harm

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
+from scipy.sparse import issparse
 from .clustering import ClassHierarchy, palette
 
 # %% ../nbs/70_plots.ipynb #b66d2a6a
@@ -29,7 +30,7 @@ def plot_confusion(
 ):                    # the axes
     "Off-diagonal confusion, classes ordered by cluster, each cluster framed."
     order, K = cluster_order(h), h.n_classes
-    shown = 100*np.asarray(C)[np.ix_(order, order)] * (1 - np.eye(K))
+    shown = 100*(C.toarray() if issparse(C) else np.asarray(C))[np.ix_(order, order)] * (1 - np.eye(K))
     if ax is None: ax = plt.subplots(figsize=(6.5, 5.5), layout='constrained')[1]
     image = ax.imshow(shown, cmap='cividis', interpolation='nearest')
     ax.figure.colorbar(image, ax=ax, label='confusion, % of the true class')
@@ -91,7 +92,7 @@ def plot_family(
     if ax is None:
         fig, ax = plt.subplots(figsize=(7, .55*max(rows, 2)), layout='constrained')
         fig.get_layout_engine().set(w_pad=.1) # inches: frames stand out beyond their text
-    box = lambda x, y, text, colour: ax.text(x, y, text, va='center', fontsize=9, bbox=dict(boxstyle='round', fc='white', ec=colour, lw=1.5))
+    box = lambda x, y, text, colour: ax.text(x, y, text, va='center', fontsize=9, parse_math=False, bbox=dict(boxstyle='round', fc='white', ec=colour, lw=1.5))
     arrow = lambda a, b: ax.annotate('', (0, .5), (1, .5), xycoords=b, textcoords=a, arrowprops=dict(arrowstyle='->', color='#777777', shrinkA=4, shrinkB=5))
     router = box(.8, (shown - 1)/2, f'hierarchy classifier\n{model.router_spec.name}: {h.n_clusters} clusters', '#222222')
     arrow(box(0, (shown - 1)/2, 'image', '#777777'), router)

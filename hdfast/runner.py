@@ -9,7 +9,7 @@ __all__ = ['PROFILES', 'SPLIT', 'page_parameters', 'check_page', 'select', 'Task
 # %% ../nbs/85_runner.ipynb #57df4972
 import ast, hashlib, json, os, re, subprocess, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 from importlib.util import find_spec
@@ -91,6 +91,7 @@ class Task:
     parameters:dict  # to be put in
     needs:tuple=()   # names of tasks that have to succeed before
     alone:bool=False # nothing may run beside it
+    sources:tuple=() # names of the experiments whose results it builds on
 
 # %% ../nbs/85_runner.ipynb #db62af4a
 SPLIT = {'runs', 'first', 'networks'} # a page that knows these parameters can be split
@@ -106,7 +107,7 @@ def tasks_of(
     parameters = e.parameters | e.profiles[profile] | dict(profile=profile, out=str(out))
     if not page.exists(): raise FileNotFoundError(f"{page} isn't there: experiments run in a clone of the repository")
     check_page(page, parameters)
-    whole = Task(e.name, page, parameters, tuple(e.needs), e.alone)
+    whole = Task(e.name, page, parameters, tuple(e.needs), e.alone, tuple(e.needs))
     if jobs == 1 or not SPLIT <= page_parameters(page).keys(): return [whole]
     parts = [*_parts(e, whole, out)]
     return [*parts, replace(whole, needs=tuple(p.name for p in parts))] if len(parts) > 1 else [whole]
@@ -138,17 +139,27 @@ def _imported(source): return set(re.findall(r'^from (?:hdfast)?\.(\w+) import',
 # %% ../nbs/85_runner.ipynb #52bc38c3
 def _result(task): return Path(task.parameters['out'])/f"{task.parameters['name']}.json"
 def _receipt(task, out): return Path(out)/'pages'/f'{task.name}.json'
-def _made_with(task, device): return dict(parameters=task.parameters, code=page_version(task.page), device=device)
+def _digest(files): return hashlib.sha256(b''.join(f.name.encode() + hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()
+
+def _made_with(task, out, device):
+    "What a page is executed with: its parameters, its code, the device, and what it builds on."
+    sources = {name: _digest(f for f in [Path(out)/f'{name}.json'] if f.exists()) for name in task.sources}
+    return dict(parameters=task.parameters, code=page_version(task.page), device=device, sources=sources)
+
+def _written(task):
+    "All files of a page's result, the backbone that it keeps among them."
+    backbone = Path(task.parameters['out'])/'backbones'/task.parameters['name']
+    return _files_of(_result(task)) + sorted(f for f in backbone.glob('*') if not f.name.startswith('.'))
 
 def finished(
     task:Task,
     out,         # folder of the command
     device:str,  # such as 'cpu' or 'cuda'
 ) -> bool:
-    "Whether the result is there, as it was written, and was made by the same code with the same parameters on such a device."
-    try: receipt, text = json.loads(_receipt(task, out).read_text(encoding='utf-8')), _result(task).read_bytes()
+    "Whether the result is there, as it was written, and was made by the same code from the same with the same parameters on such a device."
+    try: receipt = json.loads(_receipt(task, out).read_text(encoding='utf-8'))
     except (OSError, ValueError): return False
-    return receipt == _made_with(task, device) | dict(result=hashlib.sha256(text).hexdigest())
+    return receipt == _made_with(task, out, device) | dict(result=_digest(_written(task)))
 
 # %% ../nbs/85_runner.ipynb #77e796ac
 _papermill = """import os, threading
@@ -174,8 +185,10 @@ def wait(self:PageProcess,
 ) -> tuple:     # exit status, None after the timeout; what papermill said on standard error
     "Wait for the end of the page, and pass on what it prints."
     errors, expired = [], False
-    readers = [threading.Thread(target=f, daemon=True) for f in (
-        lambda: [say(line.rstrip()) for line in self.process.stdout], lambda: errors.extend(self.process.stderr))]
+    def pass_on():
+        for line in self.process.stdout: # to the end, or a full pipe would stop the page
+            with suppress(OSError): say(line.rstrip())
+    readers = [threading.Thread(target=f, daemon=True) for f in (pass_on, lambda: errors.extend(self.process.stderr))]
     for r in readers: r.start()
     try: self.process.wait(timeout)
     except subprocess.TimeoutExpired:
@@ -310,7 +323,7 @@ def lock(self:Runner, task):
 def execute(self:Runner, task:Task):
     "Execute a page; a PageFailure, with the copy kept, unless it succeeds."
     copy, before, start = self.out/'pages'/f'.{task.name}.part.ipynb', _stamp(_result(task)), time.time()
-    made_with = _made_with(task, self.device)
+    made_with = _made_with(task, self.out, self.device)
     fresh = not copy.exists() and not _receipt(task, self.out).exists() # otherwise some of its networks are in the cache
     try:
         if why := _why(*self.attend(PageProcess(task, copy, self.environment)), copy, self.timeout): raise PageFailure(why)
@@ -318,7 +331,7 @@ def execute(self:Runner, task:Task):
     except PageFailure as e: raise PageFailure('stopped' if self.stopped else f'{e}; see {copy}') from None
     os.replace(copy, copy.with_name(f'{task.name}.ipynb'))
     copy.with_suffix('.yaml').unlink()
-    receipt = made_with | dict(result=hashlib.sha256(_result(task).read_bytes()).hexdigest())
+    receipt = made_with | dict(result=_digest(_written(task)))
     write_aside(_receipt(task, self.out), json.dumps(receipt, indent=1))
     if fresh: self.record(task, time.time() - start)
 
@@ -386,7 +399,7 @@ def run_all(self:Runner,
                     self.tell(t, found, tasks)
                     order.done(t.name)
                     ready += self.unblocked(order, names, found)
-        except KeyboardInterrupt:
+        except BaseException: # Ctrl-C, or nobody reads any more what is said
             self.stop()
             raise
     return found
@@ -443,11 +456,11 @@ def tell(self:Runner, task, found, tasks):
 
 @patch
 def stop(self:Runner):
-    "End all pages, after Ctrl-C."
+    "End all pages."
     self.stopped = True
     processes = list(self.processes) # workers take theirs out meanwhile
     for p in processes: p.kill()
-    self.say(f"stopped; not finished: {', '.join(sorted(p.task.name for p in processes)) or 'nothing that ran'}")
+    with suppress(OSError): self.say(f"stopped; not finished: {', '.join(sorted(p.task.name for p in processes)) or 'nothing that ran'}")
 
 # %% ../nbs/85_runner.ipynb #5c2b99bd
 def reproduce(

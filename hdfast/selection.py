@@ -13,6 +13,7 @@ __all__ = ['CNN_CANDIDATES', 'MLP_CANDIDATES', 'CANDIDATES', 'describe', 'Trial'
 import json, tempfile, warnings
 from collections import Counter
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import cloudpickle
@@ -81,7 +82,9 @@ class Trial:
     description:dict # from `describe`
     scores:dict      # candidate -> accuracy on the held-out slice, in [0, 1]
     parameters:dict  # candidate -> number of parameters
-    def __post_init__(self): object.__setattr__(self, 'classes', tuple(map(str, self.classes)))
+    def __post_init__(self):
+        object.__setattr__(self, 'classes', tuple(map(str, self.classes)))
+        object.__setattr__(self, 'seed', int(self.seed)) # JSON knows no numbers of NumPy
     @property
     def best(self): return min(self.scores, key=lambda name: (-self.scores[name], self.parameters[name]))
 
@@ -122,7 +125,7 @@ def try_candidates(
     train=fit_networks, # function of (jobs, recipe, cache, progress)
 ) -> list:              # a `Trial` for every cluster of two classes or more
     "Train every candidate on every cluster and score it on the held-out slice (steps 2 and 3 of Algorithm 2)."
-    candidates, how, C = [network_spec(s) for s in candidates], _recipe(recipe), check_confusion(C)
+    candidates, how, C = _merge_specs([], candidates), _recipe(recipe), check_confusion(C)
     if len(C) != h.n_classes: raise ValueError(f"a confusion of {len(C)} classes and a hierarchy of {h.n_classes} don't go together")
     jobs = candidate_jobs(dls, h, candidates, seed)
     nets = train([j for *_, j in jobs], how, cache, bar_over(len(jobs)) if progress else None)
@@ -158,8 +161,8 @@ def merge_trials(
     more,   # new; their scores count if a candidate was tried before
 ) -> list:
     "All trials, each cluster once, in the order in which they were first seen."
-    found = {_key(t): t for t in trials}
-    for t in more:
+    found = {}
+    for t in [*trials, *more]:
         old = found.get(_key(t), t)
         found[_key(t)] = replace(t, scores=old.scores | t.scores, parameters=old.parameters | t.parameters)
     return list(found.values())
@@ -271,6 +274,7 @@ class NetworkSelector:
         if not self.candidates: raise ValueError("a selector needs candidates to choose from")
         self.recipe, self.seed, self.trials = _recipe(recipe), seed, []
         self.chooser = chooser_for(self.candidates.values()) if chooser is None else chooser
+        if isinstance(self.chooser, SpecRegressor): list(map(layers_neurons, self.candidates.values())) # refuses CNNs before they are trained
     def __repr__(self):
         return f"NetworkSelector: {len(self.trials)} clusters tried, candidates {', '.join(self.candidates)}"
 
@@ -373,9 +377,10 @@ def apart(trials, i) -> list:
 def leave_one_out(
     trials,     # with scores of all candidates
     candidates, # specs
-    chooser,    # `SpecClassifier`, `SpecRegressor` or the like
-) -> list:      # for each trial the name that the chooser gives after learning from those apart from it
+    chooser,    # `SpecClassifier`, `SpecRegressor` or the like; it stays as it is
+) -> list:      # for each trial the name that the chooser gives after learning from those apart from it; the first candidate where none is
     "What the chooser says about each cluster without having seen it or its relatives."
+    chooser = deepcopy(chooser)
     said = lambda t, seen: chooser.fit(seen, candidates).predict([t.description])[0] if seen else candidates[0].name
     return [said(t, apart(trials, i)) for i, t in enumerate(trials)]
 
@@ -411,8 +416,10 @@ def choice_scores(
     trials,        # as for `choices`
     picks,         # from `choices`
     expected=('random',), # ways that count with the mean over all candidates
+    candidates=None, # names or specs that were chosen from; by default all that the trials have scores of
 ) -> pd.DataFrame: # index: way to choose; accuracy and share right, in [0, 1]; mean number of parameters of an expert
     "How every way to choose fares on the held-out slices."
+    if candidates is not None: trials = [_only(t, [network_spec(s).name for s in candidates]) for t in trials]
     weights, rows = [t.held_out for t in trials], {}
     for way in picks:
         take = lambda t, values, name: np.mean(list(values.values())) if way in expected else values[name]
@@ -524,7 +531,7 @@ def in_ray(
     def train(jobs, recipe, cache=None, progress=None):
         with _folder(cache) as folder:
             stored = ray.put(jobs) # once for each machine, not with every part: loaders hold all images
-            todo = [task.remote(stored, part, recipe, Path(folder).resolve()) for part in _parts(jobs, n_parts)]
+            todo = [task.remote(stored, part, recipe, Path(folder).expanduser().resolve()) for part in _parts(jobs, n_parts)]
             _report(map(ray.get, todo), len(jobs), progress)
             return fit_networks(jobs, recipe, folder)
     return train

@@ -112,7 +112,7 @@ def save(self:Backbone,
     folder # where to; made if need be
 ) -> Path:
     "Write backbone.safetensors and, last, backbone.json."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     with atomically(folder/'backbone.safetensors') as part: save_file({k: v.cpu().contiguous() for k, v in self.weights.items()}, part)
     versions = dict(hdfast=__version__, torch=torch.__version__, python=platform.python_version())
@@ -239,11 +239,11 @@ def pretrain(
     on_epoch=None,        # called with the epoch's number, from 0, and its last loss
 ) -> Backbone:
     "Train a network on `images` and keep its convolutions."
-    spec, how = network_spec(spec), recipe(how)
+    spec, how, done = network_spec(spec), recipe(how), augment and getattr(augment, '__name__', repr(augment))
     dls = images.dataloaders(bs=how.bs, augment=augment, device=device)
     net = fit_network(dls, spec, how, seed, 'the network to take the backbone from', cache, on_epoch)
     about = dict(source=images.name, fingerprint=images.fingerprint(), classes=list(images.classes), size=images.size, network=spec.name, hidden=list(spec.widths),
-                 recipe=asdict(how), augment=augment and augment.__name__, seed=seed,
+                 recipe=asdict(how), augment=done, seed=seed,
                  accuracy={part: accuracy_on(net, dl) for part, dl in zip(('held out', 'test'), dls.loaders[1:])})
     weights = {k: v.cpu().contiguous() for k, v in net.body.state_dict().items()}
     return Backbone(f'{spec.name} on {images.name}', spec.stages, weights, dls.train.normalize, about)
@@ -298,6 +298,7 @@ def view(self:Inputs,
     if (b := candidate.backbone) and any(getattr(d.train, 'normalize', None) != b.normalize for d in (dls, self.images)):
         raise ValueError(f"the images aren't normalised as {b.name!r} was trained: use backbone.prepare(dls)")
     if not candidate.frozen: return dls
+    if dls.train.augment: raise ValueError("features can't be augmented: make the DataLoaders without augment")
     kept = self.features(b).train.dataset
     over = lambda v: ImageView(kept.images, v.index, v.targets, list(v.vocab), kept.source)
     return ViewDataLoaders(*[dl.new(over(dl.dataset), normalize=None) for dl in dls.loaders], path=dls.path, device=dls.device)

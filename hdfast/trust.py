@@ -300,6 +300,7 @@ def threshold_for(
 ) -> float:         # ValueError if no threshold gives it
     "The lowest threshold of confidence with the wished accuracy."
     if not 0 < accuracy <= 1: raise ValueError(f"the wished accuracy must lie above 0 and be 1 at most, not {accuracy!r}")
+    if not len(y): raise ValueError("there are no images to find a threshold on")
     confidence, right = _by_confidence(np.asarray(probs), y)
     last = np.append(np.diff(confidence) != 0, True) # where the next image is less sure
     reached = (right/np.arange(1, len(y) + 1))[last]

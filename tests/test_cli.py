@@ -14,6 +14,7 @@ from hdfast.cli import COMMANDS, EXAMPLES, about, main
 from hdfast.clustering import ClassHierarchy, cluster_into
 from hdfast.hierarchical import HierarchicalClassifier
 from hdfast.trunk import TrunkClassifier
+from hdfast.trust import CalibratedClassifier, Temperatures
 
 MLPS = ['--flat', 'MLP_30', '--router', 'MLP_10', '--expert', 'MLP_10', '--size', 16, '--device', 'cpu', '--clusters', 3]
 SHORT = [*MLPS, '--recipe', 'one_cycle', '--epochs', 8]
@@ -214,7 +215,8 @@ def test_predict_takes_the_model_too_and_files_and_folders(family, image_folder,
     rows = predicted(capsys, family, one, folder)
     assert [r['path'] for r in rows] == [str(one), *map(str, sorted(folder.iterdir()))]
     assert predicted(capsys, copy, one, folder) == rows
-    assert len(predicted(capsys, family, one, '--top', 99)[0]['top']) == 9
+    all_, model = predicted(capsys, family, one, '--top', 99)[0], HierarchicalClassifier.load(family/'model')
+    assert {model.hierarchy.classes.index(c['class']) for c in all_['top']} == {*model.hierarchy.clusters[all_['cluster']]} # the expert knows no others
     assert main(['predict', str(family), str(one)]) == 0
     first = rows[0]
     assert capsys.readouterr().out.startswith(f"{one}: {first['class']} {first['probability']:.1%} (cluster {first['cluster']}), ")
@@ -234,6 +236,9 @@ def test_router_and_experts_on_one_trunk(trunk, clusters, image_folder, tmp_path
     h, probs = model.hierarchy, model.predict_proba(datasets.decode([photo], 16), k=model.hierarchy.n_clusters)[0] # all experts
     assert said['class'] == h.classes[probs.argmax()] and said['probability'] == pytest.approx(probs.max(), abs=2e-6)
     assert probs.argmax() in h.clusters[said['cluster']]
+    CalibratedClassifier(model, Temperatures(1., (1.,)*h.n_clusters, 1.)).save(tmp_path/'calibrated') # is asked in the same way
+    assert main(['predict', tmp_path/'calibrated', photo, '--json']) == 0
+    assert json.loads(capsys.readouterr().out) == said
 
 
 def test_a_saved_model_of_one_form_gives_way_to_the_other(image_folder, tmp_path):
@@ -432,12 +437,12 @@ def test_reproduce_needs_papermill(runs, monkeypatch, capsys):
 def test_list(runs, tmp_path, capsys):
     for name, parameters in (('mlp_caltech101', dict(runs=2)), ('memory', {})):
         (tmp_path/f'{name}.json').write_text(json.dumps(dict(parameters=parameters, provenance=dict(profile='cpu'))))
-    (tmp_path/'mlp_cifar100.json').write_text('{')
+    for name, text in dict(mlp_cifar100='{', audit='{}').items(): (tmp_path/f'{name}.json').write_text(text)
     assert main(['reproduce', '--list', '--out', tmp_path]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ['name', 'regenerates', 'profiles', 'result'] and [r[0] for r in rows[1:]] == list(experiments.EXPERIMENTS)
     assert ['mlp_caltech101', 'Table', '3', 'cpu,', 'paper', 'cpu,', '2', 'runs'] in rows and ['mlp_caltech256', 'Table', '5', 'cpu,', 'paper', '-'] in rows
-    assert [r[-1] for r in rows if r[0] in ('memory', 'mlp_cifar100')] == ['unreadable', 'cpu']
+    assert [r[-1] for r in rows if r[0] in ('memory', 'mlp_cifar100', 'audit')] == ['unreadable', 'cpu', 'unreadable']
     assert runs.called == []
 
 

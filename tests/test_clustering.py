@@ -493,3 +493,14 @@ def test_dollars_in_names_are_no_formula(tmp_path):
     h = cluster_classes(C, 2, classes=names)
     for ax in (h.plot(), plot_confusion(C, h)): ax.figure.savefig(tmp_path/'plot.svg')
     assert 'in\\$ide_\\$' in [label.get_text() for label in h.plot().get_yticklabels()]
+
+
+@pytest.mark.parametrize('K', [4, 7])
+def test_a_confusion_of_other_classes_is_refused(K):
+    C = np.full((K, K), 1/K)
+    with pytest.raises(ValueError, match=f'C is of {K} classes, and there are 6'): hierarchy_from_groups([0, 0, 0, 1, 1, 1], None, C, 3)
+
+
+@pytest.mark.parametrize('c', [-1, 3, 10**7])
+def test_clusters_of_classes_that_there_are_not_are_refused(c):
+    with pytest.raises(ValueError, match=f'the clusters hold class {c}, and C has the classes 0 to 2'): overlap_clusters(np.eye(3), [(0, 1), (2, c)], 3)

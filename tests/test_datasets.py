@@ -452,8 +452,28 @@ def test_folders_that_are_refused(tmp_path):
     write_images(root/'dog'/'more', 2)
     with pytest.raises(ValueError, match='class folder .*dog holds a folder, more'): image_folder(root)
     assert image_folder(root, 16, only='*.png').classes == ('cat', 'dog')
+    assert image_folder(root, 16, classes=(c for c in ['cat']), only='0*.png').classes == ('cat',)
+    with pytest.raises(ValueError, match=r'class cat: .* holds no \*cat\*'): image_folder(root, 16, only='*cat*') # of file names, not of folders
     write_folder(root/'birds', ['owl'])
     with pytest.raises(ValueError, match='either all do or none'): image_folder(root)
+
+
+def test_a_superclass_stands_before_the_name_in_every_part(tmp_path):
+    for part, sups in (('train', 'AB'), ('test', 'A')):
+        for sup in sups: write_folder(tmp_path/'x'/part/sup, ['wing'])
+    s = image_folder(tmp_path/'x', 16)
+    assert s.classes == ('A/wing', 'B/wing') and s.counts().test.tolist() == [6, 0]
+
+
+def test_a_class_may_lack_test_images_whether_named_or_not(tmp_path):
+    write_folder(tmp_path/'x'/'train', ['cat', 'dog', 'owl'])
+    write_folder(tmp_path/'x'/'test', ['cat'])
+    assert image_folder(tmp_path/'x', 16).n_classes == 3 and image_folder(tmp_path/'x', 16, classes=['cat', 'dog']).counts().test.tolist() == [6, 0]
+
+
+def test_the_number_of_classes_may_be_numpys():
+    y = np.repeat([0, 1], 10)
+    assert hold_out(y, np.zeros(20), y.max() + 1).tolist() == hold_out(y, np.zeros(20), 2).tolist()
 
 
 def test_test_class_without_training_images(tmp_path):

@@ -570,6 +570,12 @@ def test_saving_deletes_nothing_that_it_did_not_write(about, classifier, tmp_pat
     assert (folder/'notes.txt').exists()
 
 
+def test_a_repository_around_a_saved_model_is_kept(classifier, tmp_path):
+    ((folder := classifier.save(tmp_path/'m'))/'.git').mkdir()
+    with pytest.raises(FileExistsError, match='something other'): classifier.save(folder)
+    assert (folder/'.git').exists()
+
+
 def calibrated(m): return CalibratedClassifier(m, Temperatures(1., (1.,)*m.hierarchy.n_clusters, 1.))
 
 
@@ -583,9 +589,10 @@ def test_a_saved_classifier_of_another_kind_is_replaced_too(classifier, tmp_path
     (lambda f: (f.parent.mkdir(), f.write_text('a file')), 'something other'),
     (lambda f: (f.mkdir(parents=True), (f/'classifier.json').write_text('{"format": "hdfast.HierarchicalClassifier.1"}')), 'something other'),
     (lambda f: (f.mkdir(parents=True), (f/'.DS_Store').write_text('')), None),
+    (lambda f: (f.mkdir(parents=True), (f/'.env').write_text('')), 'something other'),
     (lambda f: f.mkdir(parents=True), None),
     (lambda f: None, None),
-], ids=['a file', 'a description alone', 'a hidden file', 'empty', 'absent'])
+], ids=['a file', 'a description alone', 'litter', 'a hidden file', 'empty', 'absent'])
 def test_where_a_classifier_can_go_is_known_before_it_is_saved(make, message, classifier, tmp_path):
     make(folder := tmp_path/'deep'/'m')
     if message:
@@ -735,3 +742,27 @@ def test_the_seed_is_that_of_fastai_transforms_too(tmp_path):
     dls = ImageDataLoaders.from_folder(tmp_path, valid_pct=.3, seed=1, item_tfms=Resize(16), bs=4, device='cpu', num_workers=0) # crops at random
     one, again = (fit_network(dls, 'MLP_8', one_epoch, seed=3) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), again.parameters()))
+
+
+def test_a_device_that_is_not_there_leaves_the_classifier_as_it_was(classifier, test_images):
+    before = classifier.predict(test_images)
+    with pytest.raises((RuntimeError, AssertionError, NotImplementedError)): classifier.to('cuda:99')
+    assert classifier.device.type == 'cpu' and (classifier.predict(test_images) == before).all()
+
+
+def test_loaders_of_bare_images_and_empty_ones(classifier, test_images):
+    x = classifier.normalize(test_images[:5])
+    plain = torch.utils.data.DataLoader(x, batch_size=2)
+    assert (classifier.predict(plain) == classifier.predict(x)).all()
+    with pytest.raises(ValueError, match='the loader has no images'): classifier.predict(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[:0])))
+
+
+@pytest.mark.parametrize('k', [0, 3])
+def test_as_many_clusters_as_there_are_can_be_followed(k):
+    with pytest.raises(ValueError, match=f'k = {k}: 1 to 2 clusters'): combine(torch.tensor([[.6, .4]]), lambda i, rows: torch.ones(len(rows), 1), [(0,), (1,)], 2, k)
+
+
+def test_a_seed_of_numpy_is_saved_as_a_number(taxonomy, dls, tmp_path):
+    m = HierarchicalClassifier(taxonomy, 'MLP_4', 'MLP_4', recipe('paper', epochs=1)).fit(dls, progress=False)
+    m.seed = np.int64(3)
+    assert HierarchicalClassifier.load(m.save(tmp_path/'m')).seed == 3

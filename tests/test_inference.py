@@ -109,3 +109,17 @@ def test_memory_that_is_kept_is_not_asked_for_again():
 def test_other_allocators_are_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, 'CDLL', lambda name: object())
     assert keep_memory() is False
+
+
+@pytest.mark.parametrize('limit, asked, kept', [
+    (2**31, [(-3, 2**31 - 1), (-1, 2**31 - 1)], True),             # never more than an int of C
+    (2**26, [(-3, 2**31 - 1), (-3, 2**25), (-1, 2**31 - 1)], True), # an old glibc takes less
+    (0, [(-3, 2**31 - 1), (-3, 2**25)], False)])                    # and the other threshold alone would do harm
+def test_thresholds_are_set_together_or_not_at_all(monkeypatch, limit, asked, kept):
+    calls = []
+    class Libc:
+        def mallopt(self, option, value):
+            calls.append((option, value))
+            return int(option == -1 or value < limit)
+    monkeypatch.setattr(ctypes, 'CDLL', lambda name: Libc())
+    assert keep_memory(2**32) is kept and calls == asked

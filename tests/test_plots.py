@@ -6,11 +6,12 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 from scipy.cluster.hierarchy import dendrogram
+from scipy.sparse import csr_array
 
 from hdfast.clustering import cluster_classes, hierarchy_from_groups, palette
 from hdfast.confusion import toy_classes, toy_confusion
 from hdfast.hierarchical import HierarchicalClassifier
-from hdfast.plots import plot_family, plot_members
+from hdfast.plots import plot_confusion, plot_family, plot_members
 
 
 def confused(K, seed=0):
@@ -73,3 +74,17 @@ def test_a_family_fills_its_picture_and_stays_inside(h):
     assert min(b.x0 for b in frames) >= 0 and min(b.y0 for b in frames) >= 0 and max(b.y1 for b in frames) <= fig.bbox.height
     assert .97*fig.bbox.width < max(b.x1 for b in frames) <= fig.bbox.width
     assert not any(a.overlaps(b) for i, a in enumerate(frames) for b in frames[:i])
+
+
+def test_names_with_dollars_are_no_formulas():
+    h = cluster_classes(np.eye(4)*.6 + .1, 4, classes=['US$', 'A$', '50%$\\%', '100%$'])
+    ax = plot_family(HierarchicalClassifier(h, 'MLP_4', 'MLP_4'))
+    ax.figure.canvas.draw()
+    assert any('US$' in t.get_text() for t in ax.texts)
+
+
+def test_a_sparse_confusion_is_drawn_as_the_dense_one():
+    C = np.eye(4)*.6 + .1
+    h = cluster_classes(C, 2)
+    pictures = [plot_confusion(c, h).images[0].get_array() for c in (C, csr_array(C))]
+    assert np.array_equal(*pictures)

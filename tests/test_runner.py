@@ -337,9 +337,37 @@ def test_finished_pages_are_not_run_again(pages, run, tmp_path, lines):
     write_page(runner.pages_folder/e.page, SAVE + "\nprint('at work') # changed")
     run()
     assert work() == 3
-    (tmp_path/'out'/'page.json').write_text('{}') # not what the page wrote
+    for i, (file, text) in enumerate({'page.json': '{}', 'page.csv': 'number', 'backbones/page/left.json': ''}.items(), 4):
+        (tmp_path/'out'/file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/'out'/file).write_text(text) # not what the page wrote
+        run()
+        assert work() == i
+    (tmp_path/'out'/'page.csv').unlink()
     run()
-    assert work() == 4
+    assert work() == 7
+    run()
+    assert work() == 7
+
+
+def test_a_page_runs_again_after_one_that_it_builds_on(pages, run, lines):
+    source = pages('source', SAVE)
+    pages('page', SAVE + "\nprint('at work')", needs=['source'])
+    work = lambda: [line.strip() for line in lines].count('at work')
+    run(); run()
+    assert work() == 1
+    write_page(runner.pages_folder/source.page, SAVE.replace('name=name, ', 'name=name, made=2, ')) # another result
+    run(); run()
+    assert work() == 2
+
+
+@pytest.mark.parametrize('jobs', [1, 2])
+def test_when_nobody_reads_what_is_said_pages_end(pages, run, monkeypatch, jobs):
+    def gone(line): raise BrokenPipeError(line)
+    pages('brief', SAVE)
+    if jobs == 2: pages('lengthy', 'import time; time.sleep(300)', SAVE)
+    start = time.time()
+    with pytest.raises(BrokenPipeError): reproduce('smoke', None, runner.pages_folder.parent/'out', device='cpu', say=gone, jobs=jobs)
+    assert time.time() - start < 100
 
 
 def test_page_version_follows_imports(pages):

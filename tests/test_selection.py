@@ -24,7 +24,7 @@ from hdfast.datasets import HELD_OUT, TEST, TRAIN, ImageSet
 from hdfast.hierarchical import HierarchicalClassifier
 from hdfast.learners import recipe
 from hdfast.networks import Conv, NetworkSpec, Stage, mlp_spec, network_spec
-from hdfast.selection import (MLP_CANDIDATES, NetworkSelector, SpecClassifier, SpecRegressor, Trial, apart, choice_rows, choice_scores, choices,
+from hdfast.selection import (CNN_CANDIDATES, MLP_CANDIDATES, NetworkSelector, SpecClassifier, SpecRegressor, Trial, apart, choice_rows, choice_scores, choices,
                               describe, in_processes, in_ray, layers_neurons, leave_one_out, make_trial, merge_trials, pile_up, plot_mix,
                               plot_selected, plot_trial, read_pile, specs_for, try_candidates, verdict)
 from hdfast.transfer import Candidate, Inputs, pretrain, transfer_hierarchy
@@ -323,6 +323,14 @@ def test_leave_one_out_never_sees_a_relative():
     assert all(not set(t.classes) & s for t, s in zip(trials, seen)) and len(seen) == 15
 
 
+def test_leave_one_out_leaves_the_chooser_as_it_was():
+    trials = [trial([f'{i}a', f'{i}b'], dict(MLP_4=i % 2, MLP_8=1 - i % 2), seed=i, x=float(i)) for i in range(4)]
+    s = NetworkSelector(pair, chooser=Nearest()).learn(trials)
+    known = [s.chooser.predict([t.description]) for t in trials]
+    choices(trials, pair, s.chooser)
+    assert [s.chooser.predict([t.description]) for t in trials] == known
+
+
 def test_with_nothing_left_to_learn_from_the_first_is_taken():
     picks = choices([trial('ab', dict(MLP_4=.5, MLP_8=.9)), trial('bc', dict(MLP_4=.5, MLP_8=.9))], pair)
     assert picks.learned.tolist() == picks['most frequent'].tolist() == ['MLP_4']*2
@@ -452,6 +460,43 @@ def test_clusters_within_clusters_are_refused(fitted, images):
 def test_a_confusion_of_other_classes_is_refused(fitted):
     dls, h, cache, s = fitted
     with pytest.raises(ValueError, match='of 10 classes, the data have 9'): s.predict(dls, h, np.full((10, 10), .1))
+
+
+def test_a_regression_of_cnns_is_refused_before_they_are_trained():
+    with pytest.raises(ValueError, match='CNN_2 has convolutions'): NetworkSelector(CNN_CANDIDATES, chooser=SpecRegressor())
+
+
+def test_two_candidates_of_one_name_are_refused_before_they_are_trained(dls, taxonomy):
+    def refuse(*args): raise AssertionError('a network was trained')
+    two = [mlp_spec(4), replace(mlp_spec(8), name='MLP_4')]
+    with pytest.raises(ValueError, match='MLP_4 is the name of two different networks'): try_candidates(dls, taxonomy, C9, two, short, train=refuse)
+
+
+def test_scores_of_one_cluster_join_wherever_they_stand():
+    a, b = trial('ab', dict(MLP_4=.5)), trial('ab', dict(MLP_8=.6))
+    assert merge_trials([a, b], []) == merge_trials([a], [b]) and merge_trials([a, b], [])[0].scores == dict(MLP_4=.5, MLP_8=.6)
+
+
+def test_seeds_may_be_numbers_of_numpy(tmp_path): assert pile_up(tmp_path/'pile.json', pair, [trial('ab', dict(MLP_4=.5, MLP_8=.6), seed=np.int64(3))])[0].seed == 3
+
+
+def test_a_random_choice_is_among_the_candidates_alone():
+    trials = [trial('ab', dict(MLP_4=.4, MLP_8=.6, MLP_99=0.)), trial('cd', dict(MLP_4=.4, MLP_8=.6, MLP_99=0.))]
+    found = choice_scores(trials, choices(trials, pair), candidates=pair)
+    assert found.accuracy['random'] == pytest.approx(.5) and found.right['random'] == .5
+
+
+def test_ray_tasks_write_where_the_caller_reads(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    told = []
+    class Ray:
+        def remote(self, **options): return lambda f: type('Task', (), dict(remote=staticmethod(lambda stored, part, recipe, folder: told.append(folder))))
+        def put(self, jobs): return jobs
+        def get(self, task): return []
+    monkeypatch.setattr(selection, 'fit_networks', lambda jobs, recipe, cache: cache)
+    monkeypatch.setattr(selection, '_report', lambda *args: [*args[0]])
+    in_ray(Ray(), n_parts=1)([1, 2], short, '~/nets')
+    assert told == [tmp_path/'nets']
 
 
 def test_candidates_are_checked():

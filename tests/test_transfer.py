@@ -1,6 +1,7 @@
 "Backbones read, kept and refused; candidates trained as extractor and as initialisation; the choice between them."
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hdfast.clustering import hierarchy_from_groups
 from hdfast.datasets import ImageSet, synthetic
 from hdfast.families import train
 from hdfast.hierarchical import HierarchicalClassifier
-from hdfast.learners import Normalization, class_view, recipe
+from hdfast.learners import Normalization, class_view, crop_flip, recipe
 from hdfast.networks import SPECS, Conv, NetworkSpec, Stage, network
 from hdfast.transfer import (Backbone, Candidate, Inputs, accuracy_on, choose_networks, fit_candidates, load_backbone, pretrain, read_matconvnet,
                              transfer_hierarchy)
@@ -308,6 +309,12 @@ def test_other_loaders_of_the_same_images_are_taken(inputs, source, images):
     assert inputs.view(Candidate(tiny, source, True), again).train.dataset.images is inputs.features(source).train.dataset.images
 
 
+def test_features_are_not_augmented(inputs, source, images):
+    moved = class_view(source.prepare(images.dataloaders(device='cpu', augment=crop_flip)), [0, 1])
+    with pytest.raises(ValueError, match="features can't be augmented"): inputs.view(Candidate(tiny, source, True), moved)
+    assert inputs.view(Candidate(tiny, source), moved) is moved
+
+
 def test_prepare_changes_the_normalisation_alone(source, dls):
     got = source.prepare(dls)
     assert all(a.dataset is b.dataset and a.normalize == stats and a.shuffle == b.shuffle for a, b in zip(got.loaders, dls.loaders))
@@ -472,6 +479,16 @@ def test_pretraining_says_where_the_backbone_comes_from(images, tmp_path):
     assert again.about == b.about and b.about['source'] == 'synthetic' and b.about['classes'] == list(images.classes)
     assert b.about['recipe']['epochs'] == 1 and b.about['network'] == 'tiny' and set(b.about['accuracy']) == {'held out', 'test'}
     assert b.differences(tiny) == [] and all(v.device.type == 'cpu' for v in b.weights.values())
+
+
+def test_pretraining_takes_any_function_for_augmentation(images):
+    b = pretrain(images, tiny, recipe(how, epochs=1), augment=partial(crop_flip, pad=1), device='cpu')
+    assert 'crop_flip' in b.about['augment'] and 'pad=1' in b.about['augment']
+
+
+def test_home_is_found_in_writing_as_in_reading(source, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert source.save('~/kept') == tmp_path/'kept' and load_backbone('~/kept').about == source.about
 
 
 def test_pretraining_learns_something_that_transfers():

@@ -331,6 +331,10 @@ def test_threshold_gives_the_accuracy_with_the_highest_coverage(seed, wish, deci
         with pytest.raises(ValueError, match='no threshold gives'): threshold_for(probs, y, wish)
 
 
+def test_without_images_there_is_no_threshold():
+    with pytest.raises(ValueError, match='no images'): threshold_for(np.empty((0, 5)), np.empty(0, dtype=int), .5)
+
+
 @pytest.mark.parametrize('wish', [0, 1.1, 90])
 def test_impossible_wishes_are_refused(wish):
     with pytest.raises(ValueError, match='must lie above 0 and be 1 at most'): threshold_for(five, np.zeros(4, dtype=int), wish)
