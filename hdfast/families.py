@@ -10,9 +10,10 @@ __all__ = ['schedule', 'train', 'can_be_recorded', 'Job', 'save_weights', 'read_
 # %% ../nbs/45_families.ipynb #5f0a1c04
 import ast, hashlib, json, warnings
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache as cached, partial
+from inspect import getsource
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
@@ -90,8 +91,11 @@ def train(
     return net
 
 def can_be_recorded(dls) -> bool:
-    "Whether batches are made without Python: images in memory, no augmentation."
-    return isinstance(dls.train, ImageDL) and isinstance(dls.train.dataset, ImageView) and not dls.train.augment
+    "Whether batches are made without Python: images in memory where the network is, no augmentation, no batch transforms."
+    dl = dls.train
+    if not isinstance(dl, ImageDL) or not isinstance(dl.dataset, ImageView) or dl.augment or dl.after_batch.fs: return False
+    there, wanted = dl.dataset.images.device, torch.device(dls.device)
+    return there.type == wanted.type and wanted.index in (None, there.index)
 
 # %% ../nbs/45_families.ipynb #5f0a1c13
 @dataclass(frozen=True, eq=False)
@@ -99,7 +103,7 @@ class Job:
     "One network to be trained."
     dls:object              # DataLoaders (a view): its classes, its samples
     spec:object             # network name or `NetworkSpec`
-    seed:int=0              # of weights, batches and dropout
+    seed:int=0              # of weights, batches and dropout (on a GPU, dropout is that of the first of those trained side by side)
     name:str='the network'  # what an error calls it
     weights:dict=None       # tensors to start from, by their name in the network; the others are drawn by `seed`
     def build(self):
@@ -163,20 +167,22 @@ def network_key(job:Job, recipe:Recipe) -> str:
     if not data.source:
         raise ValueError("only networks on images with a fingerprint can be cached: make the DataLoaders with ImageSet.dataloaders, "
                          "or give their ImageView a `source`, a text that says which images they are")
+    if dls.train.after_batch.fs: raise ValueError("networks trained with batch transforms can't be cached: they don't tell what they do")
     settings = dict(spec=network_spec(job.spec).to_dict(), recipe=asdict(recipe), seed=job.seed, classes=list(map(str, data.vocab)),
-                    images=data.source, augment=_function_name(dls.train.augment), device=torch.device(dls.device).type,
+                    images=data.source, augment=_function_text(dls.train.augment), device=torch.device(dls.device).type,
                     normalize=dls.train.normalize and asdict(dls.train.normalize), code=code_version('networks', 'learners', 'families'))
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=int).encode())
     for t in (data.index, data.targets): key.update(t.cpu().numpy().tobytes())
     for k, v in sorted((job.weights or {}).items()): key.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
     return key.hexdigest()[:20]
 
-def _function_name(f):
-    "'None', or where a function is defined; ValueError for one that has no name of its own."
+def _function_text(f):
+    "'None', or where a function is defined and how; ValueError for one that has no name of its own, or whose text isn't to be had."
     if f is None: return 'None'
     name = f"{getattr(f, '__module__', '')}.{getattr(f, '__qualname__', '<')}"
-    if '<' in name: raise ValueError(f"networks trained with {f} can't be cached: give the augmentation a name, as a function of a module")
-    return name
+    if '<' in name or hasattr(f, '__self__'): raise ValueError(f"networks trained with {f} can't be cached: give the augmentation a name, as a function of a module")
+    try: return f'{name}: {getsource(f)}'
+    except (OSError, TypeError) as e: raise ValueError(f"networks trained with {f} can't be cached: {e}") from e
 
 # %% ../nbs/45_families.ipynb #5f0a1c18
 def cached_file(
@@ -404,6 +410,10 @@ def _record(steps):
 # %% ../nbs/45_families.ipynb #5f0a1d1e
 def _train_recorded(nets, loaders, recipe, names, device, on_epoch=None):
     "Train networks side by side from recorded steps; `on_epoch` hears of the first."
+    with torch.cuda.device(device) if device.type == 'cuda' else nullcontext(): # streams and graphs are the current device's
+        _replay(nets, loaders, recipe, names, device, on_epoch)
+
+def _replay(nets, loaders, recipe, names, device, on_epoch):
     steps, streams = [_Steps(net.train(), dl, recipe, device) for net, dl in zip(nets, loaders)], [None]*len(nets)
     if device.type == 'cuda':
         streams = [_record(s) for s in steps]
@@ -533,7 +543,9 @@ def check_features(
 ):
     "Raise a ValueError unless `feature_dataloaders` takes `dls`."
     if not isinstance(dls.train.dataset, ImageView): raise ValueError("features are kept for an ImageSet's own DataLoaders only: make them with ImageSet.dataloaders")
-    if dls.train.augment: raise ValueError("features can't be augmented: make the DataLoaders without augment")
+    if dls.train.augment or dls.train.after_batch.fs: raise ValueError("features can't be augmented: make the DataLoaders without augment and batch transforms")
+    if any(getattr(dl.dataset, 'images', None) is not dls.train.dataset.images for dl in dls.loaders):
+        raise ValueError("these loaders lie over different images: features are made of those of the training loader")
 
 def feature_dataloaders(
     dls,  # DataLoaders over an ImageSet, or a view of one

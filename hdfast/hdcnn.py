@@ -27,7 +27,8 @@ class CoarseComponent(nn.Module):
         self.network = network
         self.register_buffer('holds', torch.tensor(h.holds.T, dtype=torch.float), persistent=False)
     def forward(self, f):
-        sums = self.network(f).softmax(2) @ self.holds
+        scores = self.network(f).float()
+        with torch.autocast(f.device.type, enabled=False): sums = scores.softmax(2) @ self.holds # as all likelihoods, in float32
         return (sums/sums.sum(2, keepdim=True)).clamp_min(1e-30).log()
 
 # %% ../nbs/56_hdcnn.ipynb #0f447b3a

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['torch_optimizers', 'optimizers', 'RECIPES', 'View', 'ImageView', 'Normalization', 'ImageDL', 'ViewDataLoaders',
-           'crop_flip', 'DatasetView', 'as_view', 'cluster_view', 'check_classes', 'class_view', 'Recipe', 'recipe',
-           'computed_in', 'diverged', 'StopOnNaN', 'SkipValidation', 'check_predictions', 'training_loader',
-           'build_network', 'network_learner', 'input_shape', 'mlp_learner', 'cnn_learner', 'cnn_tl_learner',
-           'is_shuffled', 'probabilities', 'accuracy_on', 'held_out_confusion', 'class_counts']
+           'crop_flip', 'DatasetView', 'as_view', 'check_plain', 'cluster_view', 'check_classes', 'class_view',
+           'Recipe', 'recipe', 'computed_in', 'diverged', 'StopOnNaN', 'SkipValidation', 'check_predictions',
+           'training_loader', 'build_network', 'network_learner', 'input_shape', 'mlp_learner', 'cnn_learner',
+           'cnn_tl_learner', 'is_shuffled', 'probabilities', 'accuracy_on', 'held_out_confusion', 'class_counts']
 
 # %% ../nbs/40_learners.ipynb #a42bf9b7
 import random, warnings
@@ -71,8 +71,15 @@ class ImageView(View):
         return (x,) if self.targets is None else (x, TensorCategory(self.targets[i]))
     def decode(self, o, full=True): return TensorImage(o[0]), *(Category(self.vocab[int(y)]) for y in o[1:])
     def select(self, index, targets, vocab): return ImageView(self.images, index, targets, vocab, self.source)
+    def new_empty(self): # not slices, which would bring all images along into a file
+        empty = lambda t: None if t is None else t.new_empty(0)
+        return ImageView(self.images.new_empty(0, *self.images.shape[1:]), empty(self.index), empty(self.targets), self.vocab, self.source)
     def of_items(self, items, skip=0):
-        images = torch.stack([torch.as_tensor(np.asarray(x)) for x in items])
+        items, like = [torch.as_tensor(np.asarray(x)) for x in items], self.images
+        for x in items:
+            if x.dtype != like.dtype or x.shape != like.shape[1:]:
+                raise ValueError(f"an item is {x.dtype} of shape {tuple(x.shape)}; these loaders take {like.dtype} of shape {tuple(like.shape[1:])}, which `decode` makes of image files")
+        images = torch.stack(items)
         return ImageView(images, torch.arange(len(images)), None, self.vocab)
 
 # %% ../nbs/40_learners.ipynb #b91e19ef
@@ -104,6 +111,7 @@ class ImageDL(TfmdDL):
         kwargs |= dict(bs=max(1, min(bs, len(dataset))), num_workers=0, do_setup=False, drop_last=False)
         super().__init__(dataset, shuffle=shuffle, device=device, **kwargs)
         self.wanted_bs, self.normalize, self.augment = bs, normalize, augment
+    def get_idxs(self): return list(range(self.n)) # fastai asks for them to bring predictions back to this order
     def order(self):
         "The samples of the next epoch in their order, and the generator for its augmentation."
         g = torch.Generator().manual_seed(self.rng.randrange(2**63))
@@ -130,6 +138,7 @@ def new(self:ImageDL, dataset=None, cls=None, **kwargs):
     "A loader with the same settings over another view."
     own = dict(bs=self.wanted_bs, shuffle=self.shuffle, normalize=self.normalize, augment=self.augment,
                device=self.device, after_batch=self.after_batch)
+    if 'get_idxs' in kwargs: own['shuffle'] = False # a loader of predictions, which keep their order
     return ImageDL(self.dataset if dataset is None else dataset, **{**own, **kwargs})
 
 # %% ../nbs/40_learners.ipynb #41541d89
@@ -194,7 +203,15 @@ def _views(dls, relabel):
 def _new_loader(dl, view):
     "A loader like `dl` over `view`, with no larger batches than there are samples, and none dropped."
     if isinstance(dl, ImageDL): return dl.new(view)
+    check_plain(dl)
     return dl.new(view, bs=max(1, min(dl.bs, len(view))), drop_last=False)
+
+def check_plain(
+    dl # a fastai DataLoader
+):
+    "ValueError for a loader that would lose its weights, or its part of the samples, when another is made after it."
+    if getattr(dl, 'wgts', None) is not None or getattr(dl, 'partial_n', None) is not None:
+        raise ValueError(f"a {type(dl).__name__} would lose its weights or its part of the samples here: make DataLoaders without")
 
 # %% ../nbs/40_learners.ipynb #2abc4321
 def cluster_view(
@@ -342,6 +359,7 @@ def training_loader(
     seed:int # of the order and the augmentation
 ):
     "A loader of the training samples with batches and a seed of its own, which drops nothing."
+    check_plain(dls.train)
     train = dls.train.new(bs=max(1, min(bs, len(dls.train.dataset))), drop_last=False)
     train.rng = random.Random(seed)
     return train

@@ -13,6 +13,7 @@ import hashlib, json
 from collections import OrderedDict
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from inspect import getsource
 from math import prod
 from pathlib import Path
 import torch
@@ -244,7 +245,7 @@ def separate(self:FusedHeads,
 def _slice(layer, i, n):
     "The part of a convolution or batch normalisation that belongs to network `i` of `n`; of other layers a copy."
     if isinstance(layer, nn.Conv2d):
-        new = nn.Conv2d(layer.in_channels//layer.groups, layer.out_channels//n, layer.kernel_size, layer.stride, layer.padding)
+        new = nn.utils.skip_init(nn.Conv2d, layer.in_channels//layer.groups, layer.out_channels//n, layer.kernel_size, layer.stride, layer.padding)
     elif isinstance(layer, nn.BatchNorm2d): new = nn.BatchNorm2d(layer.num_features//n)
     else: return deepcopy(layer)
     part = lambda v: v.chunk(n)[i] if v.ndim else v
@@ -450,11 +451,16 @@ def _prefixed(body): return {f'body.{k}': v for k, v in body.state_dict().items(
 @patch
 def _key(self:TrunkClassifier, dls, nets, how):
     "A name for what this training gives: a hash of data, hierarchy, spec, recipe, seed and the weights of other networks."
-    settings = [self._format, code_version('trunk', type(self).__module__.rpartition('.')[2]), network_key(Job(dls, self.spec.trunk, self.seed), self.recipe), self.spec.to_dict(),
+    settings = [self._format, code_version('trunk'), _code_of(type(self)), network_key(Job(dls, self.spec.trunk, self.seed), self.recipe), self.spec.to_dict(),
                 self.hierarchy.to_json(), how]
-    key = hashlib.sha256(json.dumps(settings).encode())
-    for v in (v for net in nets for v in net.state_dict().values()): key.update(v.cpu().contiguous().numpy().tobytes())
+    key = hashlib.sha256(json.dumps(settings, default=int).encode())
+    for v in (v for net in nets for v in net.state_dict().values()): key.update(v.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return key.hexdigest()[:20]
+
+def _code_of(cls):
+    "What tells the code of a kind of classifier from earlier ones: of the module of hdfast that it is in, else its own text."
+    package, _, module = cls.__module__.rpartition('.')
+    return code_version(module) if package == 'hdfast' else getsource(cls)
 
 # %% ../nbs/55_trunk.ipynb #f374903a
 @patch

@@ -6,7 +6,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from fastai.vision.all import ImageDataLoaders
+from fastai.vision.all import ImageDataLoaders, Transform
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
@@ -475,3 +475,54 @@ def test_features_need_an_image_set_without_augmentation(images, image_folder):
     with pytest.raises(ValueError, match="ImageSet's own DataLoaders"):
         feature_dataloaders(ImageDataLoaders.from_folder(image_folder, valid_pct=.2, bs=8, num_workers=0, device='cpu'), Mean())
     with pytest.raises(ValueError, match="can't be augmented"): feature_dataloaders(images.dataloaders(device='cpu', augment=crop_flip), Mean())
+
+
+# ---- what isn't known to the cache isn't cached
+
+class Whiten(Transform):
+    def encodes(self, x:torch.Tensor): return torch.zeros_like(x) if x.is_floating_point() else x
+
+def with_transform(images):
+    dls = images.dataloaders(device='cpu')
+    dls.train.after_batch.add(Whiten())
+    return dls
+
+
+def test_batch_transforms_are_neither_cached_nor_fused_nor_kept_as_features(images):
+    dls = with_transform(images)
+    assert not families.can_be_recorded(dls)
+    with pytest.raises(ValueError, match='batch transforms'): network_key(Job(dls, 'MLP_4'), HOW['paper'])
+    with pytest.raises(ValueError, match='batch transforms'): feature_dataloaders(dls, nn.Flatten())
+    jobs = [Job(dls, 'MLP_4', seed=s) for s in (0, 1)]
+    assert all(map(same, fit_networks(jobs, HOW['one_cycle']), one_by_one(jobs, HOW['one_cycle'])))
+
+
+def test_features_are_made_for_loaders_over_the_same_images(images):
+    one, other = images.dataloaders(device='cpu'), replace(images, images=images.images.flip(0)).dataloaders(device='cpu')
+    with pytest.raises(ValueError, match='different images'): feature_dataloaders(ViewDataLoaders(one.train, other.valid, device='cpu'), nn.Flatten())
+
+
+def test_images_elsewhere_are_not_recorded(dls):
+    assert families.can_be_recorded(dls)
+    dls.device = torch.device('meta')
+    assert not families.can_be_recorded(dls)
+
+
+class Aug:
+    def __init__(self, pad): self.pad = pad
+    def apply(self, x, g): return crop_flip(x, g, pad=self.pad)
+
+
+def test_augmentation_is_known_by_its_text(images, monkeypatch):
+    key = lambda f: network_key(Job(images.dataloaders(device='cpu', augment=f), 'MLP_4'), HOW['paper'])
+    assert key(crop_flip) == key(crop_flip) != key(None)
+    with pytest.raises(ValueError, match="can't be cached"): key(Aug(1).apply)
+    before = key(crop_flip)
+    monkeypatch.setattr(families, 'getsource', lambda f: 'another text')
+    assert key(crop_flip) != before
+
+
+def test_whole_numbers_of_numpy_are_numbers_in_a_key(dls):
+    import numpy as np
+    job, how = Job(dls, 'MLP_4', seed=3), recipe('paper', epochs=5)
+    assert network_key(replace(job, seed=np.int64(3)), replace(how, epochs=np.int64(5))) == network_key(job, how)

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from hdfast.clustering import ClassHierarchy, hierarchy_from_groups
@@ -135,3 +136,12 @@ def test_balance_adds_the_log_of_the_shares_in_training_only():
     balanced = Balanced(net, [30, 10])
     assert torch.allclose(balanced.train()(x) - net(x), torch.tensor([.75, .25]).log().expand(3, 2), atol=1e-6)
     assert torch.equal(balanced.eval()(x), net(x))
+
+
+def test_cluster_probabilities_are_float32_under_bfloat16(taxonomy):
+    seeded_scores = torch.randn(1, 200, taxonomy.n_classes, generator=torch.Generator().manual_seed(0))
+    coarse = CoarseComponent(taxonomy, nn.Identity())
+    f = seeded_scores.bfloat16()
+    with torch.autocast('cpu', torch.bfloat16): log_p = coarse(f)
+    assert log_p.dtype == torch.float32
+    torch.testing.assert_close(log_p.exp().sum(2), torch.ones(1, 200), atol=1e-5, rtol=0)

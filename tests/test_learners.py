@@ -597,3 +597,36 @@ def test_a_forward_that_a_network_has_of_its_own_comes_back(dls):
     for precision in ('float32', 'bfloat16'):
         with computed_in(recipe('paper', precision=precision), net, 'cpu'): assert (net.forward is own) == (precision == 'float32')
         assert net.forward is own
+
+
+# ---- what fastai asks of loaders
+
+def test_predictions_over_training_images_come_in_their_order(dls):
+    learn = network_learner(dls, 'MLP_4', seed=0)
+    probs, y = learn.get_preds(dl=dls.train)
+    assert torch.equal(torch.as_tensor(y), dls.train.dataset.targets)
+    expected, _ = probabilities(learn.model, dls.train.new(shuffle=False))
+    assert np.allclose(probs, expected, atol=1e-6) and dls.train.shuffle
+
+
+def test_an_exported_learner_holds_no_images(dls, tmp_path):
+    learn = network_learner(dls, 'MLP_4', seed=0)
+    learn.path = tmp_path
+    learn.export('learner.pkl')
+    size = sum(p.numel() for p in learn.model.parameters())*4
+    assert (tmp_path/'learner.pkl').stat().st_size < size + 60_000 < dls.train.dataset.images.numel() + 60_000
+
+
+@pytest.mark.parametrize('change', [lambda x: x.float()/255, lambda x: x[:, :8], lambda x: x.permute(1, 2, 0)], ids=['floats', 'cropped', 'channels last'])
+def test_items_that_are_no_such_images_are_refused(dls, images, change):
+    items = [*images.images[:3]]
+    assert len(dls.test_dl(items).dataset) == 3
+    with pytest.raises(ValueError, match=r'these loaders take torch.uint8 of shape \(3, 16, 16\)'): dls.test_dl([items[0], change(items[1])])
+
+
+def test_loaders_with_weights_are_refused(from_folder):
+    train = from_folder.train.new()
+    train.wgts = np.ones(len(train.dataset))
+    odd = type(from_folder)(train, from_folder.valid, path=from_folder.path, device='cpu')
+    for use in (lambda: class_view(odd, [0, 1]), lambda: learners.training_loader(odd, 8, 0)):
+        with pytest.raises(ValueError, match='would lose its weights'): use()

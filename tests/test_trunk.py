@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 
+from hdfast import trunk
 from hdfast.clustering import ClassHierarchy, hierarchy_from_groups
 from hdfast.hierarchical import HierarchicalClassifier, combine
 from hdfast.learners import probabilities, recipe
@@ -310,3 +312,25 @@ def test_flat_network_takes_the_same_changes(dls):
                                             (dict(drop=1.), 'below 1'), (dict(pace=0), 'pace must be positive')])
 def test_impossible_specs_say_what_is_wrong(wrong, message):
     with pytest.raises(ValueError, match=message): trunk_spec(net_spec, **wrong)
+
+
+def test_separating_heads_draws_no_random_numbers():
+    layer = nn.Conv2d(4, 8, 3, padding=1)
+    state = torch.get_rng_state()
+    part = trunk._slice(layer, 1, 2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(part.weight, layer.weight[4:]) and part.padding == (1, 1)
+
+
+class Mine(TrunkClassifier): "A kind of classifier of one's own."
+
+def test_a_kind_of_ones_own_has_a_key_of_its_own(taxonomy, dls):
+    spec, how = trunk_spec('CNN_2', shared=(8,), router=(), expert=()), recipe('one_cycle', epochs=1)
+    mine, ours = Mine(taxonomy, spec, how), TrunkClassifier(taxonomy, spec, how)
+    mine._format = ours._format
+    assert mine._key(dls, [], []) == mine._key(dls, [], []) != ours._key(dls, [], [])
+
+
+def test_a_teacher_may_be_of_bfloat16(taxonomy, dls):
+    m, teacher = TrunkClassifier(taxonomy, trunk_spec('CNN_2', shared=(8,), router=(), expert=()), recipe('one_cycle', epochs=1)), nn.Linear(3, 2)
+    assert m._key(dls, [teacher], []) != m._key(dls, [teacher.bfloat16()], [])
