@@ -70,6 +70,13 @@ CNN_CANDIDATES = tuple(network_spec(f'CNN_{i}') for i in (2, 3, 4, 5))
 MLP_CANDIDATES = (mlp_spec(25, 10), *[mlp_spec(*[n]*layers) for layers in (1, 2, 3) for n in (16, 32, 64, 128)])
 CANDIDATES = {'mlp': MLP_CANDIDATES, 'cnn': CNN_CANDIDATES, 'joint': MLP_CANDIDATES + CNN_CANDIDATES}
 
+def _merge_specs(specs, more):
+    "All specs, each once; ValueError if a name stands for two networks."
+    found = {s.name: s for s in specs}
+    for s in map(network_spec, more):
+        if found.setdefault(s.name, s) != s: raise ValueError(f"{s.name} is the name of two different networks: rename one")
+    return list(found.values())
+
 # %% ../nbs/60_selection.ipynb #eafdea50
 @dataclass(frozen=True)
 class Trial:
@@ -197,13 +204,6 @@ def pile_up(
         part.write_text(text, encoding='utf-8')
         part.replace(file)
     return found
-
-def _merge_specs(specs, more):
-    "All specs, each once; ValueError if a name stands for two networks."
-    found = {s.name: s for s in specs}
-    for s in map(network_spec, more):
-        if found.setdefault(s.name, s) != s: raise ValueError(f"{s.name} is the name of two different networks: rename one")
-    return list(found.values())
 
 # %% ../nbs/60_selection.ipynb #7ff439be
 def trial_table(
