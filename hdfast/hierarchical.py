@@ -448,7 +448,8 @@ def load(cls:HierarchicalClassifier,
 
 def _kind(cls, format):
     "The class, `cls` or one derived from it, whose folders have a format."
-    kinds = {kind._format: kind for kind in _kinds(HierarchicalClassifier)}
+    if cls._format == format: return cls
+    kinds = {kind._format: kind for kind in reversed(_kinds(HierarchicalClassifier))} # of several with one format the first, from which the others are derived
     if format not in kinds: raise ValueError(f"classifier.json has format {format!r}: it was written by a newer hdfast, or its class has to be imported first; known here are {', '.join(kinds)}")
     if not issubclass(kinds[format], cls):
         raise ValueError(f"classifier.json describes a {kinds[format].__name__}, which is no {cls.__name__}: use {kinds[format].__name__}.load")

@@ -327,10 +327,14 @@ class Mine(TrunkClassifier): "A kind of classifier of one's own."
 def test_a_kind_of_ones_own_has_a_key_of_its_own(taxonomy, dls):
     spec, how = trunk_spec('CNN_2', shared=(8,), router=(), expert=()), recipe('one_cycle', epochs=1)
     mine, ours = Mine(taxonomy, spec, how), TrunkClassifier(taxonomy, spec, how)
-    mine._format = ours._format
     assert mine._key(dls, [], []) == mine._key(dls, [], []) != ours._key(dls, [], [])
 
 
 def test_a_teacher_may_be_of_bfloat16(taxonomy, dls):
     m, teacher = TrunkClassifier(taxonomy, trunk_spec('CNN_2', shared=(8,), router=(), expert=()), recipe('one_cycle', epochs=1)), nn.Linear(3, 2)
     assert m._key(dls, [teacher], []) != m._key(dls, [teacher.bfloat16()], [])
+
+
+def test_a_kind_of_ones_own_can_be_loaded_as_what_it_is_or_as_what_it_comes_from(model, tmp_path):
+    folder = model.save(tmp_path/'m')
+    assert type(HierarchicalClassifier.load(folder)) is TrunkClassifier and type(Mine.load(folder)) is Mine
