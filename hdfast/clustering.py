@@ -298,9 +298,9 @@ def hierarchy_from_groups(
     classes = tuple(map(str, range(len(groups)) if classes is None else classes))
     disjoint = sorted(tuple(np.flatnonzero(groups == g).tolist()) for g in range(groups.max() + 1))
     if gamma is not None and C is None: raise ValueError("overlap by gamma needs the confusion matrix C")
-    if C is not None and check_confusion(C).shape[0] != len(groups): raise ValueError(f"C is of {np.shape(C)[0]} classes, and there are {len(groups)} groups' labels: one for each class")
+    if C is not None and (C := check_confusion(C)).shape[0] != len(groups): raise ValueError(f"C is of {C.shape[0]} classes, and there are {len(groups)} groups' labels: one for each class")
     two_levels = np.where(groups[:, None] == groups, .5, 1.) - .5*np.eye(len(groups))
-    return ClassHierarchy(classes, disjoint if gamma is None else overlap_clusters(check_confusion(C), disjoint, gamma),
+    return ClassHierarchy(classes, disjoint if gamma is None else overlap_clusters(C, disjoint, gamma),
                           _home(disjoint, len(groups)), average_linkage(two_levels, classes), max(map(len, disjoint)), gamma)
 
 # %% ../nbs/20_clustering.ipynb #7506bf8d

@@ -23,7 +23,7 @@ from torch import nn
 from . import __version__
 from .clustering import ClassHierarchy, check_one_level
 from .datasets import ImageSet, atomically
-from .families import Job, feature_dataloaders, fit_network, fit_networks
+from .families import check_features, Job, feature_dataloaders, fit_network, fit_networks
 from .hierarchical import HierarchicalClassifier
 from .learners import ImageDL, ImageView, Normalization, Recipe, ViewDataLoaders, class_view, cluster_view, crop_flip
 from .learners import accuracy_on, input_shape, recipe
@@ -298,7 +298,7 @@ def view(self:Inputs,
     if (b := candidate.backbone) and any(getattr(d.train, 'normalize', None) != b.normalize for d in (dls, self.images)):
         raise ValueError(f"the images aren't normalised as {b.name!r} was trained: use backbone.prepare(dls)")
     if not candidate.frozen: return dls
-    if dls.train.augment: raise ValueError("features can't be augmented: make the DataLoaders without augment")
+    check_features(dls)
     kept = self.features(b).train.dataset
     over = lambda v: ImageView(kept.images, v.index, v.targets, list(v.vocab), kept.source)
     return ViewDataLoaders(*[dl.new(over(dl.dataset), normalize=None) for dl in dls.loaders], path=dls.path, device=dls.device)
