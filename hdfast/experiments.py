@@ -303,11 +303,12 @@ class Experiment:
     profiles:dict   # profile -> further parameters; it is run under these profiles only
     needs:tuple=()  # names of experiments that have to be there before
     alone:bool=False # whether nothing may run beside it, as where time is measured
-    split:Callable=None # parameters -> those that differ in each part of a run; the first trains what all parts need
+    split:Callable=None # parameters -> those that differ in each part of a run, as two lists; the parts of the second need the first of the first
 
 def by_gamma(parameters):
-    "A part for each overlap factor."
-    return [dict(gammas=[g]) for g in parameters['gammas']]
+    "A part for each overlap factor; the first trains what all share."
+    first, *others = [dict(gammas=[g]) for g in parameters['gammas']]
+    return [first], others
 
 def _hierarchy(name, table, dataset, family, n_clusters, gammas, runs, needs=()):
     "A hierarchy experiment on real images."
@@ -368,14 +369,15 @@ _slim = [name.replace('wide', 'slim') for name in _best]
 _twins = [*(f'{name}, other seed' for name in _best), f'{_wide}, tied, max_size 10'] # for ensembles
 _normed = ['CNN_1, batch norm, drop'] # what CNN_1 gains from the wide trunk's other changes
 _balanced = [f'{name}, balanced' for name in _best] # where classes differ in size
-_few = ["the paper's hierarchy", 'shared trunk', 'shared trunk, tied', _wide, *_best, *_slim, 'HD-CNN', f'{_wide}, HD-CNN', *_normed, *_twins]
+_paper = ["the paper's hierarchy", "the paper's hierarchy, adaptive"]
+_few = [_paper[0], 'shared trunk', 'shared trunk, tied', _wide, *_best, *_slim, 'HD-CNN', f'{_wide}, HD-CNN', *_normed, *_twins]
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
 
 def by_variant(parameters):
-    "The flat net to beat, then a part for each variant, with the other flat nets dealt out; all in one where variants aren't named."
-    (first, *others), variants = parameters['flats'], parameters['variants']
-    if variants == ['all']: return [{}]
-    return [dict(flats=[first], variants=[])] + [dict(flats=[first, *others[k::len(variants)]], variants=[v]) for k, v in enumerate(variants)]
+    "A part for each flat net, and one for each variant, whose clusters are those of the first flat net; all in one where variants aren't named."
+    flats, variants = parameters['flats'], parameters['variants']
+    if variants == ['all']: return [{}], []
+    return [dict(flats=[n], variants=[]) for n in flats], [dict(flats=flats[:1], variants=[v]) for v in variants]
 
 def _trunk(dataset, how, name=None, **profiles):
     "The shared-trunk experiment."
@@ -389,10 +391,11 @@ def _trunks(dataset, how):
     cpu, paper = shared | dict(precision='bfloat16', flats=_cnns[:2]), shared | dict(flats=_cnns)
     yield _trunk(dataset, how, cpu=cpu | dict(runs=1, flats=_cnns, variants=_few + _balanced*(dataset == 'caltech101')), paper=paper | dict(runs=3, variants=['all']))
     yield _trunk(dataset, how, f'trunk_best_{dataset}_{how}', cpu=cpu | dict(runs=3, variants=_best), paper=paper | dict(runs=6, variants=_best))
+    yield _trunk(dataset, how, f'trunk_adaptive_{dataset}_{how}', cpu=cpu | dict(runs=1, variants=_paper), paper=paper | dict(runs=3, variants=_paper))
     yield _trunk(dataset, how, f'trunk_trial_{dataset}_{how}', paper=paper | dict(runs=1, variants=['all']))
 
 EXPERIMENTS |= {e.name: e for e in [
-    _trunk('synthetic', 'one_cycle', 'trunk_synthetic', smoke=dict(epochs=3, runs=1, flats=_cnns[:2], variants=_few[:3], max_size=4)),
+    _trunk('synthetic', 'one_cycle', 'trunk_synthetic', smoke=dict(epochs=3, runs=1, flats=_cnns[:2], variants=_paper + _few[1:3], max_size=4)),
     *(e for dataset in ('cifar100', 'caltech101') for how in ('paper', 'one_cycle') for e in _trunks(dataset, how))]}
 
 # %% ../nbs/80_experiments.ipynb #80fe0002
@@ -404,12 +407,12 @@ def _trust(dataset, how='one_cycle', name=None, **profiles):
 def _trusts(dataset):
     "The experiments on trust on real images: the paper's hierarchy too, and what `trunk_best` compares."
     as_trunks = lambda how, variants: dict(epochs=RECIPES[how].epochs, max_size=5, variants=variants, wished=.8)
-    all_kinds, best = as_trunks('one_cycle', [*_few[:1], *_best]), as_trunks('paper', _best)
+    all_kinds, best = as_trunks('one_cycle', [_paper[0], *_best]), as_trunks('paper', _best)
     yield _trust(dataset, cpu=all_kinds | dict(runs=1, precision='bfloat16'), paper=all_kinds | dict(runs=3))
     yield _trust(dataset, 'paper', f'trust_best_{dataset}_paper', cpu=best | dict(runs=3, precision='bfloat16'), paper=best | dict(runs=6))
 
 EXPERIMENTS |= {e.name: e for e in [
-    _trust('synthetic', smoke=dict(epochs=3, runs=1, max_size=4, variants=[*_few[:1], 'wide trunk', 'wide trunk, one cluster'])),
+    _trust('synthetic', smoke=dict(epochs=3, runs=1, max_size=4, variants=[_paper[0], 'wide trunk', 'wide trunk, one cluster'])),
     *(e for dataset in ('cifar100', 'caltech101') for e in _trusts(dataset))]}
 
 # %% ../nbs/80_experiments.ipynb #80ff0002

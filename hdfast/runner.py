@@ -113,13 +113,14 @@ def tasks_of(
     return [*parts, replace(whole, needs=tuple(p.name for p in parts))] if len(parts) > 1 else [whole]
 
 def _parts(e, whole, out):
-    "Each run of an experiment, or each part of it; the first of a run trains what they share, so the others need it."
-    only = e.split(whole.parameters) if e.split and whole.parameters['profile'] != 'smoke' else [{}] # there it takes seconds
+    "Each run of an experiment, or each part of it; those that need what the first of a run trains wait for it."
+    free, others = e.split(whole.parameters) if e.split and whole.parameters['profile'] != 'smoke' else ([{}], []) # there it takes seconds
+    only = free + others
     for i in range(whole.parameters.get('runs', 1)):
         names = [f'{whole.name}.{i+1}' + f'.{j+1}'*(len(only) > 1) for j in range(len(only))]
-        for name, one in zip(names, only):
+        for j, (name, one) in enumerate(zip(names, only)):
             given = dict(name=name, runs=1, first=i, out=str(out/'pages'/'parts'), networks=str(out/'networks')) | one
-            yield replace(whole, name=name, parameters=whole.parameters | given, needs=whole.needs if name == names[0] else (names[0],), alone=False)
+            yield replace(whole, name=name, parameters=whole.parameters | given, needs=whole.needs if j < len(free) else (names[0],), alone=False)
 
 # %% ../nbs/85_runner.ipynb #b33a2c46
 def page_version(
