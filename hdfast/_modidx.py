@@ -739,6 +739,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'hdfast.summary._shown': ('summary.html#_shown', 'hdfast/summary.py'),
                                 'hdfast.summary._size': ('summary.html#_size', 'hdfast/summary.py'),
                                 'hdfast.summary._trunk': ('summary.html#_trunk', 'hdfast/summary.py'),
+                                'hdfast.summary._trunks': ('summary.html#_trunks', 'hdfast/summary.py'),
                                 'hdfast.summary.beside_paper': ('summary.html#beside_paper', 'hdfast/summary.py'),
                                 'hdfast.summary.lines_of': ('summary.html#lines_of', 'hdfast/summary.py'),
                                 'hdfast.summary.overview': ('summary.html#overview', 'hdfast/summary.py'),

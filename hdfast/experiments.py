@@ -371,6 +371,10 @@ _normed = ['CNN_1, batch norm, drop'] # what CNN_1 gains from the wide trunk's o
 _balanced = [f'{name}, balanced' for name in _best] # where classes differ in size
 _paper = ["the paper's hierarchy", "the paper's hierarchy, adaptive"]
 _few = [_paper[0], 'shared trunk', 'shared trunk, tied', _wide, *_best, *_slim, 'HD-CNN', f'{_wide}, HD-CNN', *_normed, *_twins]
+_heads = ['linear experts', 'nothing but convolutions shared', 'private convolutions', 'pace sqrt n', 'pace n']
+_clusters = ['max_size 3', 'max_size 10', 'max_size 20', 'overlap, gamma 3', 'overlap, gamma 5', 're-estimated']
+_training = ['frozen trunk', 'warm trunk', 'distilled', 'drop', 'batch norm', 'wide trunk']
+_trials = ['shared trunk', *_heads, *_clusters, *_training] # one change at a time
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
 
 def by_variant(parameters):
@@ -392,7 +396,7 @@ def _trunks(dataset, how):
     yield _trunk(dataset, how, cpu=cpu | dict(runs=1, flats=_cnns, variants=_few + _balanced*(dataset == 'caltech101')), paper=paper | dict(runs=3, variants=['all']))
     yield _trunk(dataset, how, f'trunk_best_{dataset}_{how}', cpu=cpu | dict(runs=3, variants=_best), paper=paper | dict(runs=6, variants=_best))
     yield _trunk(dataset, how, f'trunk_adaptive_{dataset}_{how}', cpu=cpu | dict(runs=1, variants=_paper), paper=paper | dict(runs=3, variants=_paper))
-    yield _trunk(dataset, how, f'trunk_trial_{dataset}_{how}', paper=paper | dict(runs=1, variants=['all']))
+    yield _trunk(dataset, how, f'trunk_trial_{dataset}_{how}', cpu=cpu | dict(runs=1, variants=_trials), paper=paper | dict(runs=1, variants=['all']))
 
 EXPERIMENTS |= {e.name: e for e in [
     _trunk('synthetic', 'one_cycle', 'trunk_synthetic', smoke=dict(epochs=3, runs=1, flats=_cnns[:2], variants=_paper + _few[1:3], max_size=4)),

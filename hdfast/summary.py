@@ -48,10 +48,13 @@ ITEMS = [
       (14, 'memory of CNN_TL_1 by layer'), (15, 'memory of CNN_TL_3 by layer'), (16, 'memory of CNN_TL_5 by layer'))]]
 
 # %% ../nbs/82_summary.ipynb #82b0e002
-_trunks = tuple(f'{which}_{images}_{how}' for which in ('trunk', 'trunk_best') for images in ('cifar100', 'caltech101') for how in ('one_cycle', 'paper'))
+_ALL_TRUNKS = ('trunk', 'trunk_best', 'trunk_adaptive', 'trunk_trial')
+
+def _trunks(images, which=_ALL_TRUNKS): return tuple(f'{w}_{i}_{how}' for w in which for i in images for how in ('one_cycle', 'paper'))
+
 BEYOND = [
-    Item('Beyond 1', 'one trunk for the whole hierarchy, CIFAR-100', tuple(n for n in _trunks if 'cifar100' in n)),
-    Item('Beyond 2', 'one trunk for the whole hierarchy, CalTech-101', tuple(n for n in _trunks if 'caltech101' in n)),
+    Item('Beyond 1', 'one trunk for the whole hierarchy, CIFAR-100', _trunks(['cifar100'])),
+    Item('Beyond 2', 'one trunk for the whole hierarchy, CalTech-101', _trunks(['caltech101'])),
     Item('Beyond 3', 'perceptrons chosen for each cluster', ('selection_mlp_caltech101', 'selection_mlp_cifar100')),
     Item('Beyond 4', 'memory of the whole family of Table 13, in MB', ('memory',)),
     Item('Beyond 5', 'speed of loading images: how many times as fast the first is', ('benchmark_loader',)),
@@ -59,7 +62,7 @@ BEYOND = [
     Item('Beyond 7', 'speed of linking many classes: how many times as fast the first is (below 1: slower)', ('benchmark_linkage',)),
     Item('Beyond 8', 'calibration error of flat nets and hierarchies, CIFAR-100', ('trust_cifar100', 'trust_best_cifar100_paper')),
     Item('Beyond 9', 'calibration error of flat nets and hierarchies, CalTech-101', ('trust_caltech101', 'trust_best_caltech101_paper'))]
-ITEMS += [Item('Table 13', 'HD-CNN, measured', tuple(n for n in _trunks if 'best' not in n), verdict='other images and networks than the paper\'s'), *BEYOND]
+ITEMS += [Item('Table 13', 'HD-CNN, measured', _trunks(['cifar100', 'caltech101'], ['trunk']), verdict='other images and networks than the paper\'s'), *BEYOND]
 
 # %% ../nbs/82_summary.ipynb #34527388
 def verdict(
@@ -143,7 +146,7 @@ def _against_flat(r):
 def _trunk(table, item):
     "Lines of the shared-trunk tables; of HD-CNN only for Table 13."
     only = table.routing.isin(['flat', 'top-1', 'product', 'ensemble'])
-    if item.name == 'Table 13': only &= table.model.eq('HD-CNN')
+    if item.name == 'Table 13': only &= table.model.str.endswith('HD-CNN')
     for r in table[only].to_dict('records'):
         yield dict(number=f"{r['model']}, {r['routing']}, accuracy", ours=r['accuracy'], sd=r['sd'], n=r['n'], parameters=r['parameters'], MACs=r['macs'], verdict=item.verdict or _against_flat(r))
         if item.name == 'Table 13': yield dict(number=f"{r['model']}, {r['routing']}, weights in MB", ours=4*r['parameters']/2**20, verdict=item.verdict)
