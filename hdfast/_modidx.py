@@ -375,6 +375,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'hdfast/hierarchical.py'),
                                      'hdfast.hierarchical.HierarchicalClassifier.to': ( 'hierarchical.html#hierarchicalclassifier.to',
                                                                                         'hdfast/hierarchical.py'),
+                                     'hdfast.hierarchical._answered': ('hierarchical.html#_answered', 'hdfast/hierarchical.py'),
                                      'hdfast.hierarchical._aside': ('hierarchical.html#_aside', 'hdfast/hierarchical.py'),
                                      'hdfast.hierarchical._check_plan': ('hierarchical.html#_check_plan', 'hdfast/hierarchical.py'),
                                      'hdfast.hierarchical._check_state': ('hierarchical.html#_check_state', 'hdfast/hierarchical.py'),

@@ -175,7 +175,14 @@ def _clusters_and_classes(self:HierarchicalClassifier, images, k=1, duplicates='
     "Probabilities of clusters and of classes, each network asked once."
     n, take, _ = self._inputs(images)
     p, ask = self._opinions(n, take)
-    return p.numpy(), self._combine(p, ask, k, duplicates).numpy()
+    return _answered(p), _answered(self._combine(p, ask, k, duplicates))
+
+def _answered(p):
+    "Probabilities as an array; ValueError where there are none, instead of a class that means nothing."
+    p = p.numpy()
+    failed = np.flatnonzero(~np.isfinite(p).all(1))
+    if len(failed): raise ValueError(f"no answer for {len(failed)} of {len(p)} images, the first at {failed[0]}: their pixels or the network's weights are NaN or infinite")
+    return p
 
 @patch
 def predict_proba(self:HierarchicalClassifier,
@@ -202,7 +209,7 @@ def cluster_proba(self:HierarchicalClassifier,
 ) -> np.ndarray: # (N, n_clusters), rows sum to 1
     "Probability of each cluster, from the hierarchy classifier."
     n, take, _ = self._inputs(images)
-    return self._opinions(n, take)[0].numpy()
+    return _answered(self._opinions(n, take)[0])
 
 # %% ../nbs/50_hierarchical.ipynb #2157383a
 def routing_scores(

@@ -271,6 +271,13 @@ def test_top_1_puts_mass_on_the_classes_of_the_routed_cluster_alone(classifier, 
     for row, i in zip(P, routed): assert set(np.flatnonzero(row)) <= set(classifier.hierarchy.clusters[i])
 
 
+@pytest.mark.parametrize('ask', ['predict', 'predict_proba', 'cluster_proba'])
+def test_images_that_are_not_numbers_get_no_answer(classifier, dls, test_images, ask):
+    x = dls.train.normalize(test_images[:4])
+    x[2, 0, 3, 3] = float('nan')
+    with pytest.raises(ValueError, match='no answer for 1 of 4 images, the first at 2: their pixels'): getattr(classifier, ask)(x)
+
+
 def test_arrays_tensors_normalised_floats_and_loaders_give_the_same_answers(classifier, images, dls, test_images):
     want = classifier.predict_proba(test_images)
     assert np.array_equal(classifier.predict_proba(dls[2]), want)
