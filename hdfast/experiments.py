@@ -224,10 +224,14 @@ def load_result(
     out,      # folder that `save_result` wrote to
     name:str, # of the experiment
 ) -> tuple:   # table (DataFrame) and what is known about it (dict)
-    "The summary table of an experiment and its provenance; FileNotFoundError if it hasn't been run."
+    "The summary table of an experiment and its provenance; FileNotFoundError if it hasn't been run, ValueError if the files are something else."
     file = Path(out)/f'{name}.json'
     if not file.exists(): raise FileNotFoundError(f"{name} hasn't been run: there is no {file}; `hdfast reproduce --profile paper --only {name} --out {out}` makes it")
-    return pd.read_csv(file.with_suffix('.csv'), dtype={'clusters': str, 'gamma': str}), json.loads(file.read_text(encoding='utf-8'))
+    foreign = f"{file} isn't a result of {name} with its table beside it: move it away, or write to another folder"
+    try: table, about = pd.read_csv(file.with_suffix('.csv'), dtype={'clusters': str, 'gamma': str}), json.loads(file.read_text(encoding='utf-8'))
+    except (ValueError, FileNotFoundError) as e: raise ValueError(f'{foreign} ({e})') from e
+    if not isinstance(about, dict) or not {'parameters', 'provenance'} <= about.keys(): raise ValueError(foreign)
+    return table, about
 
 def makers(
     made:dict, # provenance

@@ -477,7 +477,7 @@ def reproduce(
     found = runner.run_all([t for e in experiments for t in runner.tasks_of(e, profile)])
     for e in experiments: _print_result(runner.out, e.name, found[e.name])
     try: print(f'\neverything beside the paper: {write_summary(runner.out)}')
-    except OSError as e: print(f'\nno summary: {e}') # a full disk
+    except (OSError, ValueError) as e: print(f'\nno summary: {e}') # a full disk, or a foreign file of an experiment's name
     failed = [n for n, o in found.items() if isinstance(o, Exception)]
     if failed: print(f"\n{len(failed)} of {len(found)} failed: {', '.join(failed)}; the same command runs these again")
     return {e.name: found[e.name] for e in experiments}

@@ -73,6 +73,13 @@ def test_the_number_of_threads_may_differ(tmp_path):
     assert len(earlier_runs(tmp_path, 'r', folds(0, 1), WANTED, made('y') | dict(device='abacus, 4 thread(s)'))[0]) == 2
 
 
+@pytest.mark.parametrize('written', [{'r.json': '{"a": 1}', 'r.csv': 'a\n1\n'}, {'r.json': '[]', 'r.csv': 'a\n1\n'}, {'r.json': '{', 'r.csv': 'a\n1\n'},
+                                     {'r.json': '{"parameters": {}, "provenance": {}}'}, {'r.json': '{"parameters": {}, "provenance": {}}', 'r.csv': ''}], ids=str)
+def test_files_that_are_no_result_are_named(tmp_path, written):
+    for name, text in written.items(): (tmp_path/name).write_text(text)
+    with pytest.raises(ValueError, match=r"r.json isn't a result of r with its table beside it: move it away"): load_result(tmp_path, 'r')
+
+
 @pytest.mark.parametrize('there, wanted', [(folds(0, 1), folds(0, 1)), (folds(1), folds(0, 1)), (folds(0), folds(1, 2)), (folds(0), ['seed 0', 'seed 1'])])
 def test_only_the_first_of_the_wanted_runs_can_be_gone_on_from(tmp_path, there, wanted):
     keep(tmp_path, rows_of(there), made('x'), len(there))

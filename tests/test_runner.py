@@ -436,6 +436,14 @@ def test_the_others_wait_for_the_first_overlap_factor(pages, tmp_path, lines, fa
     if needed: assert why(found, 'page') == f'blocked: it needs {needed}'
 
 
+def test_a_foreign_file_of_an_experiments_name_costs_the_summary_alone(pages, run, tmp_path, capsys):
+    pages('page', SAVE)
+    (tmp_path/'out').mkdir()
+    (tmp_path/'out'/'mlp_cifar100.json').write_text('{}')
+    assert isinstance(run()['page'], dict)
+    assert "no summary: " + str(tmp_path/'out'/'mlp_cifar100.json') + " isn't a result of mlp_cifar100" in capsys.readouterr().out
+
+
 def test_jobs_run_at_once_and_alone_runs_alone(pages, run, tmp_path):
     cell = f"import time, pathlib; now = time.time(); time.sleep(2); pathlib.Path('{tmp_path}/' + name + '.txt').write_text(f'{{now}} {{time.time()}}')"
     for name in ('a', 'b', 'timed'): pages(name, cell, SAVE, alone=name == 'timed')
