@@ -374,11 +374,11 @@ _twins = [*(f'{name}, other seed' for name in _best), f'{_wide}, tied, max_size 
 _normed = ['CNN_1, batch norm, drop'] # what CNN_1 gains from the wide trunk's other changes
 _balanced = [f'{name}, balanced' for name in _best] # where classes differ in size
 _paper = ["the paper's hierarchy", "the paper's hierarchy, adaptive"]
-_few = [_paper[0], 'shared trunk', 'shared trunk, tied', _wide, *_best, *_slim, 'HD-CNN', f'{_wide}, HD-CNN', *_normed, *_twins]
-_heads = ['linear experts', 'nothing but convolutions shared', 'private convolutions', 'pace sqrt n', 'pace n']
-_clusters = ['max_size 3', 'max_size 10', 'max_size 20', 'overlap, gamma 3', 'overlap, gamma 5', 're-estimated']
+_few = [_paper[0], 'shared trunk, tied', *_best, *_slim, 'HD-CNN', f'{_wide}, HD-CNN', *_normed, *_twins]
+_heads = ['linear experts', 'nothing but convolutions shared', 'private convolutions', 'pace sqrt n']
+_clusters = ['max_size 3', 'max_size 10', 'overlap, gamma 3', 're-estimated']
 _training = ['frozen trunk', 'warm trunk', 'distilled', 'drop', 'batch norm', 'wide trunk']
-_trials = ['shared trunk', *_heads, *_clusters, *_training] # one change at a time
+_trials = ['shared trunk', *_heads, *_clusters, *_training, _wide] # one change at a time; the last has three
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
 
 def by_variant(parameters):
