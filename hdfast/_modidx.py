@@ -540,6 +540,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'hdfast.memory._Trace.__torch_dispatch__': ('memory.html#_trace.__torch_dispatch__', 'hdfast/memory.py'),
                                'hdfast.memory._Trace._new': ('memory.html#_trace._new', 'hdfast/memory.py'),
                                'hdfast.memory._Trace.row': ('memory.html#_trace.row', 'hdfast/memory.py'),
+                               'hdfast.memory._autocast': ('memory.html#_autocast', 'hdfast/memory.py'),
                                'hdfast.memory._cpu_peak': ('memory.html#_cpu_peak', 'hdfast/memory.py'),
                                'hdfast.memory._cuda_peak': ('memory.html#_cuda_peak', 'hdfast/memory.py'),
                                'hdfast.memory._family': ('memory.html#_family', 'hdfast/memory.py'),

@@ -8,15 +8,16 @@ __all__ = ['MB', 'NetworkMemory', 'network_memory', 'family_memory', 'measured_p
 # %% ../nbs/35_memory.ipynb #3a51c002
 import os
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from unittest import mock
 
 import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
-from torch import nn
+from torch import autocast, nn
 from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
@@ -93,12 +94,16 @@ def _on_meta(tensors, dtype):
     return {k: torch.empty_like(t, device='meta', dtype=dtype if t.is_floating_point() else None) for k, t in tensors}
 
 # %% ../nbs/35_memory.ipynb #3a51c01d
+def _autocast(device_type, *args, **kwargs):
+    "`torch.autocast`, but nothing for meta tensors, which have none."
+    return nullcontext() if device_type == 'meta' else autocast(device_type, *args, **kwargs)
+
 def _trace(net, shape, dtype):
     "Follow a batch of `shape` through `net`: the `_Trace` and the network's output."
     tensors = _on_meta(net.named_parameters(), dtype) | _on_meta(net.named_buffers(), dtype)
     x = torch.empty(shape, dtype=dtype, device='meta')
     with ExitStack() as stack:
-        for context in (evaluating(net), torch.no_grad(), torch.device('meta')): stack.enter_context(context)
+        for context in (evaluating(net), torch.no_grad(), torch.device('meta'), mock.patch.object(torch, 'autocast', _autocast)): stack.enter_context(context)
         trace = _Trace(tensors, x)
         try:
             for name, m in net.named_modules():

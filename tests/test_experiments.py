@@ -165,6 +165,19 @@ def test_parts_of_a_trunk_page_have_all_its_flat_nets_and_variants(name, paramet
     assert {n for v in parameters['variants'] for n in [known[v].get('start'), *known[v].get('teachers', ())] if n} <= {*parameters['flats']} # else a part trains one of its own
 
 
+def test_every_variant_of_the_trunk_page_is_trained_and_counted(tmp_path, monkeypatch):
+    pytest.importorskip('papermill')
+    from hdfast import runner
+    small = dict(epochs=1, runs=1, flats=['CNN_1', 'CNN_2'], variants=['all'], max_size=4)
+    monkeypatch.setattr(runner, 'EXPERIMENTS', {'trunk_synthetic': replace(EXPERIMENTS['trunk_synthetic'], profiles={'smoke': small})})
+    found = runner.reproduce('smoke', None, tmp_path, device='cpu', say=str)['trunk_synthetic']
+    assert isinstance(found, dict), found
+    table, about = load_result(tmp_path, 'trunk_synthetic')
+    hierarchies = table[~table.routing.isin(['flat', 'ensemble'])]
+    assert {*hierarchies.model} == {*variants_of('trunk.ipynb')} - {d['model'] for d in about['diverged']} and len(about['diverged']) < 3
+    assert hierarchies[['macs', 'parameters', 'memory MB', 'images/s']].gt(0).all(axis=None) and len(hierarchies) == 3*hierarchies.model.nunique()
+
+
 def test_parts_of_a_trunk_page_train_all_that_the_whole_needs(tmp_path, monkeypatch):
     pytest.importorskip('papermill')
     from hdfast import runner

@@ -147,6 +147,23 @@ def test_macs_of_a_convolution_by_counting(groups, in_each, out_each, kernel, st
     assert row.params == groups*out_each*in_each*kernel**2
 
 
+class Mixed(nn.Module):
+    "A network that turns autocast on for a part of itself, and off for another"
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(3, 4, 3), nn.Linear(4*36, 2)
+    def forward(self, x):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16): x = self.conv(x)
+        with torch.autocast(x.device.type, enabled=False): return self.out(x.flatten(1).float())
+
+
+def test_a_network_with_autocast_inside_is_followed_as_if_it_had_none():
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4*36, 2))
+    mixed, plain = network_memory(Mixed(), size=8), network_memory(plain, size=8)
+    assert (mixed.macs, mixed.param_mb, mixed.peak_mb) == (plain.macs, plain.param_mb, plain.peak_mb)
+    with torch.autocast('cpu', dtype=torch.bfloat16): assert Mixed()(torch.zeros(1, 3, 8, 8)).dtype == torch.float32
+
+
 def test_a_script_cannot_be_followed():
     with pytest.warns(FutureWarning, match='jit'): net = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3)))
     with pytest.raises(ValueError, match="can't be followed.*not supported on ScriptModules"): network_memory(net, size=8)
