@@ -378,7 +378,7 @@ _few = [_paper[0], 'shared trunk, tied', *_best, *_slim, 'HD-CNN', f'{_wide}, HD
 _heads = ['linear experts', 'nothing but convolutions shared', 'private convolutions', 'pace sqrt n']
 _clusters = ['max_size 3', 'max_size 10', 'overlap, gamma 3', 're-estimated']
 _training = ['frozen trunk', 'warm trunk', 'distilled', 'drop', 'batch norm', 'wide trunk']
-_trials = ['shared trunk', *_heads, *_clusters, *_training, _wide] # one change at a time; the last has three
+_trials = ['shared trunk', *_heads, *_clusters, *_training, _wide] # one or two changes at a time, and the last with all of the wide trunk's
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
 
 def by_variant(parameters):
@@ -403,7 +403,7 @@ def _trunks(dataset, how):
     yield _trunk(dataset, how, f'trunk_trial_{dataset}_{how}', cpu=cpu | dict(runs=1, variants=_trials), paper=paper | dict(runs=1, variants=['all']))
 
 EXPERIMENTS |= {e.name: e for e in [
-    _trunk('synthetic', 'one_cycle', 'trunk_synthetic', smoke=dict(epochs=3, runs=1, flats=_cnns[:2], variants=_paper + _few[1:3], max_size=4)),
+    _trunk('synthetic', 'one_cycle', 'trunk_synthetic', smoke=dict(epochs=3, runs=1, flats=_cnns[:2], variants=[*_paper, 'shared trunk', 'shared trunk, tied'], max_size=4)),
     *(e for dataset in ('cifar100', 'caltech101') for how in ('paper', 'one_cycle') for e in _trunks(dataset, how))]}
 
 # %% ../nbs/80_experiments.ipynb #80fe0002
