@@ -175,6 +175,8 @@ def test_every_variant_of_the_trunk_page_is_trained_and_counted(tmp_path, monkey
     table, about = load_result(tmp_path, 'trunk_synthetic')
     hierarchies = table[~table.routing.isin(['flat', 'ensemble'])]
     assert {*hierarchies.model} == {*variants_of('trunk.ipynb')} - {d['model'] for d in about['diverged']} and len(about['diverged']) < 3
+    chosen = {*about['winners'], *(m for m, _ in about['met'])}
+    assert about['winners'] and not any(w.endswith(('other seed', 'HD-CNN', 'one cluster')) for w in chosen) # neither second seeds nor controls nor others win
     assert hierarchies[['macs', 'parameters', 'memory MB', 'images/s']].gt(0).all(axis=None) and len(hierarchies) == 3*hierarchies.model.nunique()
 
 
