@@ -381,6 +381,7 @@ _training = ['frozen trunk', 'warm trunk', 'distilled', 'drop', 'batch norm', 'w
 _trials = ['shared trunk', *_heads, *_clusters, *_training, _wide] # one or two changes at a time, and the last with all of the wide trunk's
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
 
+# %% ../nbs/80_experiments.ipynb #c8651415
 def by_variant(parameters):
     "A part for each flat net, and one for each variant, whose clusters are those of the first flat net; all in one where variants aren't named."
     flats, variants = parameters['flats'], parameters['variants']
