@@ -279,7 +279,7 @@ def earlier_runs(
 def _circumstances(parameters, made):
     "What has to be the same for runs to stand in one table: not the number of threads, nor the commit."
     device = made['device'].split(',')[0]
-    return {k: v for k, v in parameters.items() if k != 'runs'} | dict(profile=made['profile'], device=device, arithmetic=made['arithmetic'])
+    return {k: v for k, v in parameters.items() if k not in ('runs', 'first')} | dict(profile=made['profile'], device=device, arithmetic=made['arithmetic'])
 
 def _check_same(what, there, wanted):
     "ValueError that names the first difference."
@@ -376,9 +376,9 @@ _balanced = [f'{name}, balanced' for name in _best] # where classes differ in si
 _paper = ["the paper's hierarchy", "the paper's hierarchy, adaptive"]
 _few = [_paper[0], 'shared trunk, tied', *_best, *_slim, 'HD-CNN', f'{_wide}, HD-CNN', *_normed, *_twins]
 _heads = ['linear experts', 'nothing but convolutions shared', 'private convolutions', 'pace sqrt n']
-_clusters = ['max_size 3', 'max_size 10', 'overlap, gamma 3', 're-estimated']
+_clusters = ['max_size 3', 'max_size 10', 'overlap, gamma 0.5', 're-estimated']
 _training = ['frozen trunk', 'warm trunk', 'distilled', 'drop', 'batch norm', 'wide trunk']
-_trials = ['shared trunk', *_heads, *_clusters, *_training, _wide] # one or two changes at a time, and the last with all of the wide trunk's
+_trials = ['shared trunk', *_heads, *_clusters, *_training, _wide, f'{_wide}, tied, overlap, gamma 0.5', 'HD-CNN, gamma 1'] # one or two changes at a time, all of the wide trunk's, and overlap where it may pay
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
 
 # %% ../nbs/80_experiments.ipynb #c8651415

@@ -146,7 +146,7 @@ def _against_flat(r):
 def _trunk(table, item):
     "Lines of the shared-trunk tables; of HD-CNN only for Table 13."
     only = table.routing.isin(['flat', 'top-1', 'product', 'ensemble'])
-    if item.name == 'Table 13': only &= table.model.str.endswith('HD-CNN')
+    if item.name == 'Table 13': only &= table.model.str.contains('HD-CNN')
     for r in table[only].to_dict('records'):
         yield dict(number=f"{r['model']}, {r['routing']}, accuracy", ours=r['accuracy'], sd=r['sd'], n=r['n'], parameters=r['parameters'], MACs=r['macs'], verdict=item.verdict or _against_flat(r))
         if item.name == 'Table 13': yield dict(number=f"{r['model']}, {r['routing']}, weights in MB", ours=4*r['parameters']/2**20, verdict=item.verdict)

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hdfast import hdcnn
 from hdfast.clustering import ClassHierarchy, hierarchy_from_groups
-from hdfast.hdcnn import HDCNN, BuildingBlock, CoarseComponent, FineAlone, HDCNNHeads, copy_into
-from hdfast.learners import crop_flip, recipe
+from hdfast.hdcnn import HDCNN, BuildingBlock, CoarseComponent, HDCNNHeads, copy_into, put_into
+from hdfast.families import train
+from hdfast.learners import class_counts, crop_flip, recipe
 from hdfast.networks import Conv, NetworkSpec, Stage
 from hdfast.trunk import Balanced, Distilled, FusedHeads, add_to_loss, re_estimate, trunk_spec
 
@@ -60,11 +62,37 @@ def test_copies_say_what_the_coarse_network_says(batch_norm):
         assert torch.allclose(fine.eval()(x)[q, :, :len(members)], coarse.eval()(x)[0][:, list(members)], atol=1e-5)
 
 
-def test_fine_components_learn_alone_from_their_own_images(taxonomy):
-    heads, f = heads_for(taxonomy), torch.randn(2, 5)
-    F.cross_entropy(FineAlone(heads)(f), torch.tensor([0, 1])).backward() # both of the first cluster
-    assert heads.experts.out.weight.grad[0].abs().sum() > 0 and heads.experts.out.weight.grad[1:].abs().max() < 1e-6
-    assert heads.router.network.out.weight.grad is None
+@pytest.mark.parametrize('batch_norm', [True, False])
+def test_a_separate_component_goes_back_into_its_own_place(batch_norm):
+    head = spec.expert
+    fine = FusedHeads(head, (5, 8, 8), [2, 3, 2], batch_norm).train()
+    fine(torch.randn(16, 5, 8, 8)) # gives batch normalisation its statistics
+    x, before = torch.randn(4, 5, 8, 8), fine.eval()(torch.zeros(4, 5, 8, 8))
+    net = fine.separate(1).train()
+    net(torch.randn(16, 5, 8, 8))
+    for v in net.parameters(): torch.nn.init.normal_(v, std=.1)
+    put_into(fine, 1, net.eval())
+    assert torch.allclose(fine(x)[1], net(x), atol=1e-5)
+    after = fine(torch.zeros(4, 5, 8, 8))
+    assert torch.equal(after[[0, 2]], before[[0, 2]]) and not torch.equal(after[1], before[1])
+
+
+def test_each_fine_component_learns_on_all_images_of_its_category(dls, h, monkeypatch):
+    seen = {}
+    def watched(net, view, *args):
+        seen[args[2]] = len(view.train.dataset), len(view.vocab), args[0].epochs
+        return train(net, view, *args)
+    monkeypatch.setattr(hdcnn, 'train', watched)
+    HDCNN(h, spec, how).fit(dls)
+    counts = class_counts(dls)
+    fine = {f'the fine component of cluster {q}': (sum(counts[c] for c in members), len(members), 1) for q, members in enumerate(h.clusters)}
+    whole = sum(counts), h.n_classes
+    assert seen == {'the building block': (*whole, 2), **fine, 'HD-CNN': (*whole, 1)} and sum(map(len, h.clusters)) > h.n_classes
+
+
+def test_the_only_class_of_a_category_has_nothing_to_learn(dls, taxonomy):
+    alone = hierarchy_from_groups([0]*8 + [1], taxonomy.classes)
+    assert HDCNN(alone, spec, how).fit(dls).predict_proba(dls.valid, k=2).shape[1] == 9
 
 
 @pytest.mark.parametrize('changes, says', [(dict(tied=True, router=replace(spec.router, stages=()), expert=replace(spec.expert, stages=())), 'neither tied nor paced'),
@@ -108,7 +136,7 @@ def test_trains_predicts_saves_and_loads(dls, h, images, tmp_path):
 def test_a_caller_hears_of_the_epochs_of_each_step(dls, h):
     told = []
     HDCNN(h, spec, how).fit(dls, on_epoch=lambda epoch, loss: told.append(epoch))
-    assert told == [0, 1, 0, 0]
+    assert told == [0, 1, *[0]*h.n_clusters, 0] # building block, fine components, everything
 
 
 def test_add_to_loss_hands_on_the_scores_and_adds_the_gradient():
