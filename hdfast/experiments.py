@@ -330,12 +330,12 @@ def _synthetic(family, **profiles):
     shared = dict(name=f'{family}_synthetic', table='', dataset='synthetic', family=family, n_clusters=6, gammas=[0, 3, 5])
     return Experiment(f'{family}_synthetic', 'none: made by code', 'hierarchy.ipynb', shared, profiles, split=by_gamma)
 
-def _selection(name, table, dataset, family, n_clusters, clusterings=('learned',), **profiles):
+def _selection(name, table, dataset, family, n_clusters, clusterings=('learned',), sources=(), **profiles):
     "An experiment on choosing the experts' networks."
-    shared = dict(name=name, table=table, dataset=dataset, family=family, n_clusters=n_clusters, clusterings=list(clusterings))
+    shared = dict(name=name, table=table, dataset=dataset, family=family, n_clusters=n_clusters, clusterings=list(clusterings), sources=list(sources))
     if 'cpu' in profiles: profiles['cpu'] |= dict(precision='bfloat16')
     made = 'none: made by code' if dataset == 'synthetic' else 'none: beyond the paper' if family == 'mlp' else table
-    return Experiment(name, made, 'selection.ipynb', shared, profiles)
+    return Experiment(name, made, 'selection.ipynb', shared, profiles, needs=tuple(sources))
 
 # %% ../nbs/80_experiments.ipynb #80ff0003
 EXPERIMENTS = {e.name: e for e in [
@@ -350,10 +350,10 @@ EXPERIMENTS = {e.name: e for e in [
     _selection('selection_synthetic', '', 'synthetic', 'mlp', 12, ('given', 'learned'), smoke=dict(epochs=10, runs=1)),
     _selection('selection_mlp_caltech101', 'Table 3', 'caltech101', 'mlp', 44, cpu=dict(epochs=40, runs=6), paper=dict(epochs=40, runs=6)),
     _selection('selection_mlp_cifar100', 'Table 7', 'cifar100', 'mlp', 30, cpu=dict(epochs=40, runs=3), paper=dict(epochs=40, runs=3)),
-    _selection('selection_cnn_cifar100', 'Table 9', 'cifar100', 'cnn', 30, ('given', 'learned'), cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=3)),
+    _selection('selection_cnn_cifar100', 'Table 9', 'cifar100', 'cnn', 30, ('given', 'learned'), sources=['selection_cnn_caltech101'], cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=3)),
     _selection('selection_cnn_caltech101', 'Table 10', 'caltech101', 'cnn', 48, cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=6)),
     _selection('selection_joint_cifar100', 'Table 10', 'cifar100', 'joint', 30, cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=3)),
-    _selection('selection_joint_caltech101', 'Table 10', 'caltech101', 'joint', 48, cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=6)),
+    _selection('selection_joint_caltech101', 'Table 10', 'caltech101', 'joint', 48, sources=['selection_joint_cifar100'], cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=6)),
     _selection('selection_cnn_caltech256', 'Table 10', 'caltech256', 'cnn', 104, paper=dict(epochs=40, runs=6)),
     _selection('selection_joint_caltech256', 'Table 10', 'caltech256', 'joint', 104, paper=dict(epochs=40, runs=6)),
     _accounting('diagrams', 'Figs. 1 to 3'), _accounting('architectures', 'Tables 1 and 2'),

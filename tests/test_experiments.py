@@ -197,3 +197,17 @@ def test_parts_of_a_trunk_page_train_all_that_the_whole_needs(tmp_path, monkeypa
     assert networks == same
     written = lambda folder, kind: max(f.stat().st_mtime for f in (tmp_path/'parts'/folder).glob(kind))
     assert written('networks', '*.safetensors') < written('pages/parts', '*.json') # the whole has only to evaluate
+
+
+# trials of other experiments
+
+def test_a_selector_learns_from_the_trials_of_the_experiments_that_are_named_and_of_no_others(tmp_path, monkeypatch):
+    pytest.importorskip('papermill')
+    from hdfast import runner
+    e, small = EXPERIMENTS['selection_synthetic'], {'smoke': dict(epochs=1, runs=1, clusterings=['learned'], n_clusters=6)}
+    def of(name, **more): return replace(e, name=name, parameters=e.parameters | dict(name=name, **more), needs=tuple(more.get('sources', ())), profiles=small)
+    monkeypatch.setattr(runner, 'EXPERIMENTS', {'first': of('first'), 'second': of('second', sources=['first']), 'third': of('third')})
+    found = runner.reproduce('smoke', None, tmp_path, device='cpu', say=str)
+    assert all(isinstance(found[name], dict) for name in ('first', 'second', 'third')), found
+    ways = {name: set(load_result(tmp_path, name)[0].experts) for name in found}
+    assert ways['first'] == ways['third'] == ways['second'] - {'learned elsewhere'} and 'learned elsewhere' in ways['second'] # whatever lies in the folder
