@@ -409,7 +409,7 @@ def _benchmarks(profile, only):
     "Names of the benchmarks to run; ValueError that lists them if there is none of a name."
     from hdfast.experiments import EXPERIMENTS
     names = [n for n, e in EXPERIMENTS.items() if n.startswith('benchmark_') and profile in e.profiles]
-    if not names: raise ValueError(f"--profile {profile}: benchmarks have the profiles cpu and paper")
+    if not names: raise ValueError(f"--profile {profile}: benchmarks have the profiles smoke, cpu and paper")
     short = {n.removeprefix('benchmark_'): n for n in names}
     wanted = [short.get(n, n) for n in only or short]
     if wrong := [n for n in wanted if n not in names]: raise ValueError(f"there is no benchmark {', '.join(wrong)}; there are {', '.join(short)}")
@@ -433,7 +433,7 @@ def _print_ratios(table):
 def bench(
     only:Annotated[str, dict(nargs='+', action='extend', metavar='NAME')]=None, # run only these: loader, speed, linkage (default: all)
     out:Annotated[str, dict(metavar='DIR')]='runs/bench', # where tables and figures go
-    profile:str='cpu', # cpu (a few repeats, under 10 minutes on 2 cores) or paper (more repeats)
+    profile:str='cpu', # smoke (small, once), cpu (a few repeats, under 10 minutes on 2 cores) or paper (more repeats)
     device:str=None,   # cpu or cuda (default: the best there is)
 ) -> int: # exit status
     "Time hdfast beside fastai, plain PyTorch, SciPy and one flat network, and print the ratios."

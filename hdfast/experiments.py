@@ -359,12 +359,12 @@ EXPERIMENTS = {e.name: e for e in [
     _accounting('diagrams', 'Figs. 1 to 3'), _accounting('architectures', 'Tables 1 and 2'),
     _accounting('memory', 'Tables 12 to 16'), _accounting('audit', 'all tables, checked'),
     Experiment('benchmark_loader', 'speed of loading', 'benchmark.ipynb', dict(name='benchmark_loader', n_images=5000),
-               {'cpu': dict(repeats=3), 'paper': dict(repeats=5)}, alone=True),
+               {'smoke': dict(n_images=1000, repeats=1), 'cpu': dict(repeats=3), 'paper': dict(repeats=5)}, alone=True),
     Experiment('benchmark_speed', 'speed of training and asking', 'benchmark_speed.ipynb', dict(name='benchmark_speed', epochs=20, cnn_images=100, n_images=[50, 1024]),
-               {'cpu': dict(repeats=3), 'paper': dict(repeats=7, cnn_epochs=3)}, alone=True),
+               {'smoke': dict(epochs=2, cnn_images=30, n_images=[50, 128], repeats=1), 'cpu': dict(repeats=3), 'paper': dict(repeats=7, cnn_epochs=3)}, alone=True),
     Experiment('benchmark_linkage', 'speed of linking many classes', 'benchmark_linkage.ipynb',
                dict(name='benchmark_linkage', repeats=3, sizes=[5000, 10_000], alone_sizes=[10_000, 50_000, 200_000], whole=50_000),
-               {'cpu': {}, 'paper': dict(more_sizes=[20_000], alone_sizes=[10_000, 50_000, 200_000, 1_000_000])}, alone=True)]}
+               {'smoke': dict(repeats=1, sizes=[1000], alone_sizes=[2000, 5000], whole=2000), 'cpu': {}, 'paper': dict(more_sizes=[20_000], alone_sizes=[10_000, 50_000, 200_000, 1_000_000])}, alone=True)]}
 
 # %% ../nbs/80_experiments.ipynb #c8651414
 _wide = 'wide trunk, batch norm, drop'

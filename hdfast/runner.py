@@ -71,7 +71,9 @@ def select(
     if profile not in PROFILES: raise ValueError(f"there is no profile {profile!r}; there are {', '.join(PROFILES)}")
     there = {name: e for name, e in EXPERIMENTS.items() if profile in e.profiles}
     called = {name: [name] for name in there}
-    for item in ITEMS: called.setdefault(item.name.lower(), []).extend(name for name in item.experiments if name in there)
+    for item in ITEMS:
+        found = [name for name in item.experiments if name in there]
+        called.setdefault(item.name.lower(), []).extend(found[:1] if item.figure else found) # any one of them makes a figure
     meant = {name: called.get(name) or called.get(name.lower()) for name in only or there}
     wrong = ', '.join(name for name, found in meant.items() if not found)
     if wrong: raise ValueError(f"profile {profile} has no experiment {wrong}; it has {', '.join(there)}; 'Table 8' stands for those of that table")
@@ -387,6 +389,7 @@ def run_all(self:Runner,
     names, found, running = {t.name: t for t in tasks}, {}, {}
     order, chains = TopologicalSorter(_needs(tasks)), self.chains(tasks)
     order.prepare()
+    if len(tasks) > 1: self.say(f'{len(tasks)} pages: {self.forecast(tasks)}')
     ready = [names[n] for n in order.get_ready()]
     with ThreadPoolExecutor(self.jobs) as pool:
         try:

@@ -35,10 +35,10 @@ ITEMS = [
     Item('Fig. 7a', 'dendrogram, CIFAR-100', ('cnn_cifar100',), 'cnn_cifar100_dendrogram'),
     Item('Fig. 7b', 'dendrogram, ImageNet', ('cnn_imagenet200', 'cnn_imagenet100'), '{}_dendrogram', 'ImageNet'),
     Item('Table 1', 'CNN_1 to CNN_5', ('architectures',)), Item('Table 2', 'CNN_TL_1 to CNN_TL_5', ('architectures',)),
-    Item('Table 3', 'CalTech-101, MLPs', ('mlp_caltech101',)), Item('Table 4', 'CalTech-101, CNNs', ('cnn_caltech101',)),
-    Item('Table 5', 'CalTech-256, MLPs', ('mlp_caltech256',), images='CalTech-256'),
-    Item('Table 6', 'CalTech-256, CNNs', ('cnn_caltech256',), images='CalTech-256'),
-    Item('Table 7', 'CIFAR-100, MLPs', ('mlp_cifar100',)), Item('Table 8', 'CIFAR-100, CNNs', ('cnn_cifar100', 'cnn_cifar100_overlap')),
+    Item('Table 3', 'CalTech-101, MLPs (the paper has 44 clusters)', ('mlp_caltech101',)), Item('Table 4', 'CalTech-101, CNNs (48 clusters)', ('cnn_caltech101',)),
+    Item('Table 5', 'CalTech-256, MLPs (104 clusters)', ('mlp_caltech256',), images='CalTech-256'),
+    Item('Table 6', 'CalTech-256, CNNs (104 clusters)', ('cnn_caltech256',), images='CalTech-256'),
+    Item('Table 7', 'CIFAR-100, MLPs (30 clusters)', ('mlp_cifar100',)), Item('Table 8', 'CIFAR-100, CNNs (30 clusters); the paper\'s numbers are those of its Tables 9 and 10, since its Table 8 repeats Table 7', ('cnn_cifar100', 'cnn_cifar100_overlap')),
     Item('Table 9', 'CIFAR-100, given and learned clusters', ('selection_cnn_cifar100',)),
     Item('Table 10', 'CalTech-101 and CIFAR-100, all models but transfer', ('selection_cnn_caltech101', 'selection_joint_caltech101', 'selection_joint_cifar100')),
     Item('Table 10', 'CalTech-101, adaptive transfer and the joint model with it', ('transfer_caltech101',)),
@@ -62,7 +62,7 @@ BEYOND = [
     Item('Beyond 7', 'speed of linking many classes: how many times as fast the first is (below 1: slower)', ('benchmark_linkage',)),
     Item('Beyond 8', 'calibration error of flat nets and hierarchies, CIFAR-100', ('trust_cifar100', 'trust_best_cifar100_paper')),
     Item('Beyond 9', 'calibration error of flat nets and hierarchies, CalTech-101', ('trust_caltech101', 'trust_best_caltech101_paper'))]
-ITEMS += [Item('Table 13', 'HD-CNN, measured', _trunks(['cifar100', 'caltech101'], ['trunk']), verdict='other images and networks than the paper\'s'), *BEYOND]
+ITEMS += [Item('Table 13', 'HD-CNN, measured', ('trunk_cifar100_one_cycle', 'trunk_caltech101_one_cycle'), verdict='other images and networks than the paper\'s'), *BEYOND]
 
 # %% ../nbs/82_summary.ipynb #34527388
 def verdict(
@@ -89,6 +89,7 @@ def protocol(
     if n < full['runs']: less.append(f"{n:g} of {full['runs']} runs")
     if _in_bfloat16(about): less.append('bfloat16')
     if made.get('recipe_name', 'paper') != 'paper': less.append(f"recipe {made['recipe_name']}")
+    if 'experts' in made and len(made['experts']) < len(full['experts']): less.append(f"{len(made['experts'])} of {len(full['experts'])} candidate networks")
     if 'source' in made: less.append('backbone other than VGG-f')
     return '○ ' + ', '.join(less) if less else '● full' + ', products in TF32'*('TF32' in _arithmetic(about))
 
@@ -105,36 +106,42 @@ def _accuracies(table, name, out):
         for what, ours in (('HC', 'HC home'), *[('HC contains', 'HC contains')]*overlap, ('FC', 'FC')):
             if pd.isna(r[ours]): continue
             paper = r[f'paper {what[:2]}']
-            yield dict(number=f"{_clusters(r['gamma'])}, {what}", ours=r[ours], sd=r[f'{ours} sd'], n=r['n'], paper=paper, **_size(r),
+            yield dict(number=f"{_clusters(r['gamma'])}, {what}", clusters=r.get('clusters'), ours=r[ours], sd=r[f'{ours} sd'], n=r['n'], paper=paper, **_size(r),
                        verdict=_SAME_HC if what == 'HC' and overlap else verdict(r[ours], paper))
     yield from _oracle(pd.read_csv(Path(out)/f'{name}_runs.csv'))
     wanted = ['disjoint' if g == 0 else f'{g:g}' for g in EXPERIMENTS[name].parameters['gammas']]
     yield from (dict(number=f'{_clusters(g)}, HC and FC', verdict='not run yet') for g in wanted if g not in set(table.gamma))
 
 def _oracle(runs):
-    "Lines on the ceiling that the experts set: FC of every clustering with the right cluster given."
-    for gamma, fc in runs[runs.routing == 'oracle router'].groupby('gamma', dropna=False, sort=False).FC:
-        yield dict(number=f"{_clusters('disjoint' if pd.isna(gamma) else f'{gamma:g}')}, FC with the oracle router", ours=100*fc.mean(), sd=100*fc.std(), n=len(fc), verdict=verdict(0, np.nan))
+    "Lines on what the experts do by themselves: FC of every clustering with the home cluster given."
+    for gamma, ways in runs.groupby('gamma', dropna=False, sort=False):
+        fc = ways[ways.routing == 'oracle router'].FC
+        size = ways[ways.routing == 'top-1'].reindex(columns=['parameters', 'MACs']).mean() # an image is asked of one expert, as in top-1
+        if len(fc): yield dict(number=f"{_clusters('disjoint' if pd.isna(gamma) else f'{gamma:g}')}, FC with the oracle router", ours=100*fc.mean(), sd=100*fc.std(), n=len(fc), **size, verdict=verdict(0, np.nan))
 
 def _size(r): return {c: r.get(c) for c in ('parameters', 'MACs')}
 def _clusters(gamma): return gamma if gamma in ('flat', 'disjoint') else f'γ = {gamma}'
 
 # %% ../nbs/82_summary.ipynb #173a3a94
-def _selected(table):
-    "Lines of Tables 9 and 10: accuracy of every way to choose experts, or of every model."
+def _selected(table, family):
+    "Lines of Tables 9 and 10: accuracy of every way to choose experts, or of every model; with the paper's name where it has the number."
     for r in table.to_dict('records'):
-        name = ', '.join(str(r[c]) for c in ('clustering', 'clusters', 'experts', 'model') if pd.notna(r.get(c)))
-        yield dict(number=name, ours=r['accuracy'], sd=r['sd'], n=r['n'], paper=r['paper'], **_size(r), verdict=verdict(r['accuracy'], r['paper']))
+        given = {**r, 'clustering': f"{r.get('clustering')} clusters"} if pd.notna(r.get('clustering')) else r
+        name = ', '.join(str(given[c]) for c in ('clustering', 'experts', 'model') if pd.notna(given.get(c)))
+        called = _CALLED.get((family == 'joint')*'joint ' + str(r.get('experts'))) if pd.notna(r['paper']) else None
+        yield dict(number=name + (f' ({called})' if called else ''), clusters=r.get('clusters'), ours=r['accuracy'], sd=r['sd'], n=r['n'], paper=r['paper'], **_size(r), verdict=verdict(r['accuracy'], r['paper']))
+
+_CALLED = {'fixed': 'hierarchical model', 'oracle': 'adaptive network selection', 'joint fixed': 'hierarchical model', 'joint oracle': 'joint model', 'joint oracle of CNNs': 'adaptive network selection'}
 
 def _accounts(table, item):
     "Lines of Tables 1, 2 and 12 to 16: what is counted, not measured."
     for r in table[table.table == item].to_dict('records'):
         off = 'no account' if pd.isna(r['account']) else f"differs by {abs(r['difference']):.4g}"
-        yield dict(number=f"{r['row']}, {r['what']}", ours=r['account'], paper=r['printed'], verdict='agrees' if r['explained'] in (True, 'True') else off)
+        yield dict(number=f"{r['row']}, {r['what']}", ours=r['account'], paper=r['printed'], printed=f"{r['printed']:g}", verdict='agrees' if r['explained'] in (True, 'True') else off)
 
 def _quoted():
     "Lines on the accuracies that Table 13 prints."
-    for r in paper_table('Table 13')['rows']: yield dict(number=f"{r['model']}, accuracy", paper=float(r['accuracy']), verdict='not run here: images of ImageNet absent')
+    for r in paper_table('Table 13')['rows']: yield dict(number=f"{r['model']}, accuracy", paper=float(r['accuracy']), printed=r['accuracy'], verdict='quoted from the paper')
 
 # %% ../nbs/82_summary.ipynb #82b0e008
 def _against_flat(r):
@@ -143,19 +150,31 @@ def _against_flat(r):
     range_ = f" (95 %: {r['margin low']:+.1f} to {r['margin high']:+.1f})" if pd.notna(r['margin low']) else ''
     return f"{r['margin']:+.1f} points{range_} against the flat net, {r['macs share']:.0%} of its multiplications, {r['parameter share']:.0%} of its parameters"
 
-def _trunk(table, item):
-    "Lines of the shared-trunk tables; of HD-CNN only for Table 13."
-    only = table.routing.isin(['flat', 'top-1', 'product', 'ensemble'])
-    if item.name == 'Table 13': only &= table.model.str.contains('HD-CNN')
-    for r in table[only].to_dict('records'):
-        yield dict(number=f"{r['model']}, {r['routing']}, accuracy", ours=r['accuracy'], sd=r['sd'], n=r['n'], parameters=r['parameters'], MACs=r['macs'], verdict=item.verdict or _against_flat(r))
-        if item.name == 'Table 13': yield dict(number=f"{r['model']}, {r['routing']}, weights in MB", ours=4*r['parameters']/2**20, verdict=item.verdict)
+def _trunk(table):
+    "Lines of the shared-trunk tables."
+    for r in table[table.routing.isin(['flat', 'top-1', 'product', 'ensemble'])].to_dict('records'):
+        yield dict(number=f"{r['model']}, {r['routing']}, accuracy", clusters=_whole(r.get('clusters')), ours=r['accuracy'], sd=r['sd'], n=r['n'], parameters=r['parameters'], MACs=r['macs'], verdict=_against_flat(r))
+
+def _whole(n): return None if pd.isna(n) else f'{float(n):g}'
+
+def _hdcnn(table):
+    "Lines of the same tables for Table 13: HD-CNN and the flat net beside it, accuracy and memory."
+    hd = table[table.model.str.contains('HD-CNN') & table.routing.isin(['top-1', 'product'])]
+    for r in (pd.concat([table[table.routing == 'flat'][:1], hd]) if len(hd) else hd).to_dict('records'):
+        yield dict(number=f"{r['model']}, {r['routing']}, accuracy", ours=r['accuracy'], sd=r['sd'], n=r['n'], parameters=r['parameters'], MACs=r['macs'])
+        if pd.notna(r.get('memory MB')): yield dict(number=f"{r['model']}, {r['routing']}, memory in MB", ours=r['memory MB'])
+
+def _left_out(name, table, about):
+    "A line that names the variants of the profile that a result doesn't have."
+    known = {*table.model, *(d['model'] for d in about.get('diverged', ()))}
+    left = [v for v in EXPERIMENTS[name].profiles.get(about['provenance']['profile'], {}).get('variants', ()) if v not in known | {'all'}]
+    if left: yield dict(number=f'further variants of this profile: {"; ".join(left)}', verdict='not run yet')
 
 # %% ../nbs/82_summary.ipynb #82fe0001
 def _calibrations(table):
     "Lines on trust: calibration error before and after, of flat nets and full products."
     for r in table[table.routing.isin(['flat', 'product'])].to_dict('records'):
-        more = f"accuracy {r['FC']:.2f}, NLL {r['NLL']:.3f}, a mistake is {r['classes, mistakes']:.1f} classes off"
+        more = f"accuracy {r['FC']:.2f}, NLL {r['NLL']:.3f}, a group with right and given class has {r['classes, mistakes']:.1f} classes"
         yield dict(number=f"{r['model']}, temperatures {r['temperatures']}", ours=r['calibration error'], sd=r['calibration error sd'], n=r['n'], verdict=more)
 
 # %% ../nbs/82_summary.ipynb #82b0e009
@@ -180,7 +199,8 @@ def _layers(out, name, item):
     table = pd.read_csv(file)
     table = table[table.table == item]
     for what in ('data', 'params'):
-        ok, n = int(table[f'{what}_explained'].astype(str).eq('True').sum()), int(table[f'printed_{what}'].notna().sum())
+        printed = table[table[f'printed_{what}'].notna() & table[f'printed_{what}'].ne('lost')] # two are illegible
+        ok, n = int(printed[f'{what}_explained'].astype(str).eq('True').sum()), len(printed)
         yield dict(number=f'{what}, layers as printed', ours=ok, paper=n, verdict='agrees' if ok == n else f'{n - ok} layers differ')
 
 # %% ../nbs/82_summary.ipynb #5e065628
@@ -200,10 +220,10 @@ def _lines(item, name, table, about, out):
     if item.name in ('Table 14', 'Table 15', 'Table 16'): return _layers(out, name, item.name)
     if item in BEYOND and name == 'memory': return _family(about)
     if 'account' in table: return [*_accounts(table, item.name), *(_quoted() if item.name == 'Table 13' else [])]
-    if 'margin' in table: return _trunk(table, item)
-    if 'T router' in table: return _calibrations(table)
+    if 'margin' in table: return _hdcnn(table) if item.name == 'Table 13' else [*_trunk(table), *_left_out(name, table, about)]
+    if 'T router' in table: return [*_calibrations(table), *_left_out(name, table, about)]
     if 'ratio' in table: return _ratios(table, about)
-    return _selected(table) if 'accuracy' in table else _accuracies(table, name, out)
+    return _selected(table, about['parameters'].get('family')) if 'accuracy' in table else _accuracies(table, name, out)
 
 def _marked(line, item, name, about):
     "A line with its protocol, and with the item's own verdict if it has one."
@@ -215,8 +235,8 @@ def _marked(line, item, name, about):
     return marked | dict(protocol=protocol(name, about, line.get('n', 0)))
 
 # %% ../nbs/82_summary.ipynb #0ce84a4a
-SHOWN = ['item', 'experiment', 'number', 'ours', 'sd', 'n', 'paper', 'verdict', 'protocol', 'profile', 'device', 'commit']
-KEPT = [*SHOWN, 'parameters', 'MACs', 'wall_seconds', 'arithmetic', 'versions', 'git_sha', 'git_dirty']
+SHOWN = ['item', 'experiment', 'number', 'clusters', 'ours', 'sd', 'n', 'paper', 'verdict', 'protocol', 'profile', 'device', 'commit']
+KEPT = [*SHOWN, 'printed', 'parameters', 'MACs', 'wall_seconds', 'arithmetic', 'versions', 'git_sha', 'git_dirty']
 
 def summary_lines(
     out,              # folder of results
@@ -276,10 +296,19 @@ def _shown(column):
     digits = 0 if (column.dropna() % 1 == 0).all() else 2
     return column.map(lambda v: '' if np.isnan(v) else f'{v:.{digits}f}')
 
-_head = ('Every table and figure of the paper, and what goes beyond it. Accuracies are in percent on test images, mean and standard deviation over n runs. HC is the share of images sent to the home cluster of their class (HC contains: to any cluster that holds it), FC the share whose class is right; memory is in megabytes. '
-         'Written by `hdfast reproduce` from the result files in this folder. A full circle (●) marks a row of the paper that reaches our profile `paper` in full: '
-         'its epochs and runs, in float32 (a GPU multiplies in TF32, and the mark says so). What the paper leaves open, such as the batch size and the number of seeds, is our choice. An open circle (○) says what is missing; such a number is no reproduction of the paper\'s. '
-         'summary.csv has the same numbers with parameters, multiplications (MACs), versions, commit and wall time; that is the time of the page, which finds networks that were trained before in a cache.')
+def _cells(lines):
+    "The lines of an item as text, the paper's numbers as it prints them, and no empty columns."
+    lines = lines.replace('', np.nan)
+    shown = lines[SHOWN[1:]].dropna(axis=1, how='all').apply(_shown)
+    return shown.assign(paper=lines.printed.fillna(shown.paper)) if 'paper' in shown else shown
+
+_head = ('Every table and figure of the paper, and what goes beyond it, collected from the result files in this folder. They come from several runs: each row names the commit of the page that made it, which may have found networks in a cache that were trained before. '
+         'Accuracies are in percent on test images, mean and standard deviation over n runs. HC is the share of images sent to the home cluster of their class (HC contains: to any cluster that holds it), FC the share whose class is right, asking one expert. '
+         'With the *oracle router* every image is sent to the home cluster of its class: with disjoint clusters a ceiling, with overlap none. γ is the overlap factor, clusters their number. Memory is in megabytes; a counted number agrees if it is the printed one when rounded as that is. '
+         'A full circle (●) marks a row of the paper that reaches our profile `paper` in full: its epochs and runs, in float32 (a GPU multiplies in TF32, and the mark says so). What the paper leaves open, such as the batch size and the number of seeds, is our choice. '
+         'An open circle (○) says what is missing; such a number is no reproduction of the paper\'s. Rows beyond the paper have no circle, only their epochs. '
+         'What stands behind the names of models and ways of choosing is explained on the pages, first of all nbs/experiments/tables.ipynb, trunk.ipynb and trust.ipynb. '
+         'summary.csv has the same numbers with parameters, multiplications (MACs), versions, commit and wall time, which is that of the page.')
 
 # %% ../nbs/82_summary.ipynb #c05a8fa6
 def _sections(lines, out):
@@ -291,7 +320,7 @@ def _sections(lines, out):
         if parts[0].figure:
             name, picture = _picture(parts[0], out) or ('', None)
             yield title, picture, _caption(name, out) if picture else _absent(parts[0])
-        else: yield title, None, lines.loc[lines.item == item, SHOWN[1:]].replace('', np.nan).dropna(axis=1, how='all').apply(_shown)
+        else: yield title, None, _cells(lines[lines.item == item])
 
 def _markdown(columns): return '| ' + ' | '.join(str(c).replace('|', r'\|') for c in columns) + ' |'
 

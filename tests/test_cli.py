@@ -279,7 +279,7 @@ BAD = {
     'an option first': (['--out', 'x'], "no command '--out'"),
     'profile': (['reproduce', '--profile', 'fast'], "no profile 'fast'; there are smoke, cpu, paper"),
     'benchmark': (['bench', '--only', 'horses'], 'no benchmark horses; there are loader'),
-    'profile of bench': (['bench', '--profile', 'smoke'], 'benchmarks have the profiles cpu and paper'),
+    'profile of bench': (['bench', '--profile', 'fast'], 'benchmarks have the profiles smoke, cpu and paper'),
     'bench into a file': (['bench', '--out', '{file}'], 'is a file'),
     'experiment': (['reproduce', '--only', 'table_9'], 'no experiment table_9; it has mlp_synthetic'),
     'jobs': (['reproduce', '--jobs', '0'], '--jobs 0: at least one'),

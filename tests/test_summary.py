@@ -118,9 +118,10 @@ def test_a_result_on_a_part_of_imagenet_is_not_compared_with_all_of_it(tmp_path)
 def test_calibration_errors_of_flat_net_and_full_products(tmp_path):
     row = {'temperatures': 'each', 'T router': 1.2, 'FC': 45.5, 'calibration error': 2.5, 'calibration error sd': .2, 'NLL': 2.0614, 'accuracy': 70., 'classes, mistakes': 31.26, 'n': 2}
     keep(tmp_path, 'trust_cifar100', [row | dict(model='shared trunk', routing=r) for r in ('product', 'top-1', 'expert alone')], profile='cpu', epochs=24, runs=1)
-    line, left = of(tmp_path, 'Beyond 8').to_dict('records')
+    line, variants, left = of(tmp_path, 'Beyond 8').to_dict('records')
     assert line['number'] == 'shared trunk, temperatures each' and line['ours'] == 2.5 and line['protocol'] == '24 epochs' and left['verdict'] == 'not run yet'
-    assert line['verdict'] == 'accuracy 45.50, NLL 2.061, a mistake is 31.3 classes off'
+    assert variants['number'].startswith("further variants of this profile: the paper's hierarchy; ") and variants['verdict'] == 'not run yet'
+    assert line['verdict'] == 'accuracy 45.50, NLL 2.061, a group with right and given class has 31.3 classes'
 
 
 def test_a_flat_control_stands_beside_the_hierarchies_on_trust(tmp_path):
@@ -133,7 +134,7 @@ def test_a_flat_control_stands_beside_the_hierarchies_on_trust(tmp_path):
 def test_the_trunk_stands_beside_the_flat_net(tmp_path):
     keep(tmp_path, 'trunk_cifar100_one_cycle', TRUNK, profile='cpu', epochs=8, runs=2)
     lines, left = (of(tmp_path, 'Beyond 1').query(f'verdict {sign} "not run yet"').set_index('number') for sign in ('!=', '=='))
-    assert left.experiment.tolist() == [', '.join(f'{which}_cifar100_{how}' for which in ('trunk', 'trunk_best', 'trunk_adaptive', 'trunk_trial') for how in ('one_cycle', 'paper'))[len('trunk_cifar100_one_cycle, '):]]
+    assert left.experiment.tolist() == ['trunk_cifar100_one_cycle', ', '.join(f'{which}_cifar100_{how}' for which in ('trunk', 'trunk_best', 'trunk_adaptive', 'trunk_trial') for how in ('one_cycle', 'paper'))[len('trunk_cifar100_one_cycle, '):]]
     assert list(lines.index) == ['CNN_1, flat, accuracy', 'CNN_2, flat, accuracy', 'shared trunk, top-1, accuracy', 'shared trunk, product, accuracy', 'HD-CNN, product, accuracy',
                                  'all flat nets, ensemble, accuracy']
     assert lines.MACs.eq(1e7).all() and lines.parameters.eq(262144).all()
@@ -151,14 +152,16 @@ def test_with_one_run_there_is_no_interval(tmp_path):
 
 def test_hdcnn_as_measured_stands_in_table_13(tmp_path):
     assert 'not run yet' in of(tmp_path, 'Table 13').verdict.tolist()
-    keep(tmp_path, 'trunk_cifar100_one_cycle', TRUNK, profile='cpu', epochs=8, runs=2)
+    keep(tmp_path, 'trunk_cifar100_one_cycle', [TRUNK[0], TRUNK[-2] | {'memory MB': 1.5}, TRUNK[-1]], profile='cpu', epochs=8, runs=2)
     for f in (repository/'figures').glob('memory*'): shutil.copy(f, tmp_path)
     quoted = of(tmp_path, 'Table 13').query('number.str.endswith(", accuracy") and experiment == "memory"')
-    assert quoted.paper.tolist() == [55.32, 50.07, 56.06, 67.7, 68.66] and quoted.ours.isna().all() and quoted.verdict.str.startswith('not run here').all()
+    assert quoted.paper.tolist() == [55.32, 50.07, 56.06, 67.7, 68.66] and quoted.ours.isna().all() and quoted.verdict.eq('quoted from the paper').all()
     lines = of(tmp_path, 'Table 13').query('verdict != "not run yet" and index not in @quoted.index').set_index('number')
-    assert list(lines.index)[-3:] == ['HD-CNN + CE + PC, total', 'HD-CNN, product, accuracy', 'HD-CNN, product, weights in MB']
-    assert lines.paper.iloc[-3] == 6863 and lines.ours.tolist()[-2:] == [45.5, 1.] and lines.verdict.iloc[-2] == "other images and networks than the paper's"
+    assert list(lines.index)[-3:] == ['CNN_1, flat, accuracy', 'HD-CNN, product, accuracy', 'HD-CNN, product, memory in MB']
+    assert lines.paper['HD-CNN + CE + PC, total'] == 6863 and lines.ours.tolist()[-2:] == [45.5, 1.5] and lines.verdict.iloc[-2] == "other images and networks than the paper's"
     assert of(tmp_path, 'Beyond 4').ours.gt(0).all()
+    keep(tmp_path, 'trunk_cifar100_one_cycle', TRUNK[:1], profile='cpu', epochs=8, runs=2)
+    assert not of(tmp_path, 'Table 13').experiment.eq('trunk_cifar100_one_cycle').any() # CNN_1 alone has nothing to stand beside
 
 
 @pytest.mark.parametrize('name, rows, number, verdict', [
@@ -197,3 +200,34 @@ def test_the_page_explains_its_marks(tmp_path):
     for file in ('summary.md', 'summary.html'):
         head = (tmp_path/file).read_text(encoding='utf-8')[:2000]
         assert 'A full circle (●)' in head and 'open circle (○)' in head
+
+
+def test_variants_of_the_profile_that_a_result_lacks_are_named(tmp_path):
+    name, wanted = 'trunk_caltech101_one_cycle', EXPERIMENTS['trunk_caltech101_one_cycle'].profiles['cpu']['variants']
+    rows = [TRUNK[0], *(trunk_row(v, 'product', 44, 4) for v in wanted[:-2])]
+    keep(tmp_path, name, rows, profile='cpu', epochs=24, runs=1)
+    line = of(tmp_path, 'Beyond 2').query('experiment == @name').iloc[-1]
+    assert line.number == f'further variants of this profile: {wanted[-2]}; {wanted[-1]}' and pd.isna(line.profile)
+    keep(tmp_path, name, rows + [trunk_row(v, 'product', 44, 4) for v in wanted[-2:]], profile='cpu', epochs=24, runs=1)
+    assert not of(tmp_path, 'Beyond 2').query('experiment == @name').number.str.contains('further variants').any()
+
+
+def test_numbers_that_are_illegible_in_the_paper_are_not_counted(tmp_path):
+    for f in (repository/'figures').glob('memory*'): shutil.copy(f, tmp_path)
+    line = of(tmp_path, 'Table 15').set_index('number').loc['params, layers as printed']
+    printed = pd.read_csv(tmp_path/'memory_runs.csv').query('table == "Table 15"').printed_params
+    assert line.ours == line.paper == (printed != 'lost').sum() < len(printed)
+
+
+def test_the_paper_s_numbers_are_shown_as_it_prints_them(tmp_path):
+    for f in (repository/'figures').glob('memory*'): shutil.copy(f, tmp_path)
+    write_summary(tmp_path)
+    text = (tmp_path/'summary.md').read_text()
+    assert '| Baseline VGG-f, total | 546.05 | 546 | agrees |' in text and '| CNN_TL_1, total | 546.05 | 546.53 |' in text
+
+
+def test_rows_that_stand_beside_the_paper_s_have_its_name(tmp_path):
+    row = dict(clustering='learned', clusters='45', accuracy=40., sd=.1, n=1, paper=55.12)
+    keep(tmp_path, 'selection_joint_caltech101', [row | dict(experts='oracle'), row | dict(experts='random', paper=np.nan), row | dict(experts='flat net', clustering=np.nan, clusters='1')], epochs=10, runs=1, family='joint')
+    lines = of(tmp_path, 'Table 10').query('experiment == "selection_joint_caltech101"')
+    assert lines.number.tolist() == ['learned clusters, oracle (joint model)', 'learned clusters, random', 'flat net'] and lines.clusters.tolist() == ['45', '45', '1']
