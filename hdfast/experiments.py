@@ -69,8 +69,8 @@ def device_name(
     return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} {device.type.upper()}'
 
 def _arithmetic(device, precision):
-    "How numbers are multiplied on a device."
-    tf32 = device.type == 'cuda' and torch.get_float32_matmul_precision() != 'highest'
+    "How numbers are multiplied on a device; on a GPU convolutions use TF32 unless told otherwise, matrix products only if told."
+    tf32 = device.type == 'cuda' and (torch.get_float32_matmul_precision() != 'highest' or torch.backends.cudnn.allow_tf32)
     usual = 'float32, products in TF32' if tf32 else 'float32'
     return usual if precision == 'float32' else f'{usual}; convolutional networks trained with products in {precision}'
 
