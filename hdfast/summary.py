@@ -302,13 +302,16 @@ def _cells(lines):
     shown = lines[SHOWN[1:]].dropna(axis=1, how='all').apply(_shown)
     return shown.assign(paper=lines.printed.fillna(shown.paper)) if 'paper' in shown else shown
 
-_head = ('Every table and figure of the paper, and what goes beyond it, collected from the result files in this folder. They come from several runs: each row names the commit of the page that made it, which may have found networks in a cache that were trained before. '
-         'Accuracies are in percent on test images, mean and standard deviation over n runs. HC is the share of images sent to the home cluster of their class (HC contains: to any cluster that holds it), FC the share whose class is right, asking one expert. '
-         'With the *oracle router* every image is sent to the home cluster of its class: with disjoint clusters a ceiling, with overlap none. γ is the overlap factor, clusters their number. Memory is in megabytes; a counted number agrees if it is the printed one when rounded as that is. '
-         'A full circle (●) marks a row of the paper that reaches our profile `paper` in full: its epochs and runs, in float32 (a GPU multiplies in TF32, and the mark says so). What the paper leaves open, such as the batch size and the number of seeds, is our choice. '
-         'An open circle (○) says what is missing; such a number is no reproduction of the paper\'s. Rows beyond the paper have no circle, only their epochs. '
-         'What stands behind the names of models and ways of choosing is explained on the pages, first of all nbs/experiments/tables.ipynb, trunk.ipynb and trust.ipynb. '
-         'summary.csv has the same numbers with parameters, multiplications (MACs), versions, commit and wall time, which is that of the page.')
+_head = 'Every table and figure of the paper, and what goes beyond it, collected from the result files in this folder.'
+_KEY = (
+    'Accuracies are in percent on test images: mean and standard deviation over n runs. HC is the share of images sent to the home cluster of their class (HC contains: to any cluster that holds it), FC the share whose class is right, asking one expert.',
+    'With the oracle router every image is sent to the home cluster of its class: with disjoint clusters a ceiling, with overlap none. γ is the overlap factor; clusters is how many there are.',
+    'A full circle (●) marks a row of the paper that reaches our profile "paper" in full: its epochs and runs, in float32 (a GPU multiplies in TF32, and the mark says so). What the paper leaves open, such as the batch size and the number of seeds, is our choice.',
+    'An open circle (○) says what is missing; such a number is no reproduction of the paper\'s. Rows beyond the paper have no circle, only their epochs.',
+    'Memory is in megabytes. A counted number agrees if it is the printed one when rounded as that is.',
+    'The results come from several runs. A row names the commit of the page that made it; networks may have been found in a cache, trained before.',
+    'Names of models and ways of choosing are explained on the pages, first of all nbs/experiments/tables.ipynb, trunk.ipynb and trust.ipynb.',
+    'summary.csv has the same numbers with parameters, multiplications (MACs), versions, commit and wall time, which is that of the page.')
 
 # %% ../nbs/82_summary.ipynb #c05a8fa6
 def _sections(lines, out):
@@ -330,7 +333,8 @@ def write_summary(
 ) -> Path:    # of the HTML page
     "Write `summary.csv`, `summary.md` and `summary.html` into `out`."
     lines = summary_lines(out)
-    md, html = ['# Ours beside the paper\'s', _head], [f'<h1>Ours beside the paper\'s</h1><p>{escape(_head)}</p>']
+    md, html = ['# Ours beside the paper\'s', _head, '\n'.join(f'- {line}' for line in _KEY)], [f'<h1>Ours beside the paper\'s</h1><p>{escape(_head)}</p>']
+    html.append('<ul>' + ''.join(f'<li>{escape(line)}</li>' for line in _KEY) + '</ul>')
     for title, picture, rest in _sections(lines, out):
         md.append(f'## {title}')
         html.append(f'<h2>{escape(title)}</h2>')
