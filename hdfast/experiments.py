@@ -70,8 +70,8 @@ def device_name(
 
 def _arithmetic(device, precision):
     "How numbers are multiplied on a device; on a GPU convolutions use TF32 unless told otherwise, matrix products only if told."
-    tf32 = device.type == 'cuda' and (torch.get_float32_matmul_precision() != 'highest' or torch.backends.cudnn.allow_tf32)
-    usual = 'float32, products in TF32' if tf32 else 'float32'
+    everywhere = device.type == 'cuda' and torch.get_float32_matmul_precision() != 'highest'
+    usual = 'float32, products in TF32' if everywhere else 'float32, convolutions in TF32' if device.type == 'cuda' and torch.backends.cudnn.allow_tf32 else 'float32'
     return usual if precision == 'float32' else f'{usual}; convolutional networks trained with products in {precision}'
 
 # %% ../nbs/80_experiments.ipynb #cda32f13
@@ -331,7 +331,7 @@ def _synthetic(family, **profiles):
     return Experiment(f'{family}_synthetic', 'none: made by code', 'hierarchy.ipynb', shared, profiles, split=by_gamma)
 
 def _selection(name, table, dataset, family, n_clusters, clusterings=('learned',), sources=(), **profiles):
-    "An experiment on choosing the experts' networks."
+    "An experiment on choosing the experts' networks; `sources` are others, run before, whose trials a selector learns from as well."
     shared = dict(name=name, table=table, dataset=dataset, family=family, n_clusters=n_clusters, clusterings=list(clusterings), sources=list(sources))
     if 'cpu' in profiles: profiles['cpu'] |= dict(precision='bfloat16')
     made = 'none: made by code' if dataset == 'synthetic' else 'none: beyond the paper' if family == 'mlp' else table
@@ -350,6 +350,7 @@ EXPERIMENTS = {e.name: e for e in [
     _selection('selection_synthetic', '', 'synthetic', 'mlp', 12, ('given', 'learned'), smoke=dict(epochs=10, runs=1)),
     _selection('selection_mlp_caltech101', 'Table 3', 'caltech101', 'mlp', 44, cpu=dict(epochs=40, runs=6), paper=dict(epochs=40, runs=6)),
     _selection('selection_mlp_cifar100', 'Table 7', 'cifar100', 'mlp', 30, cpu=dict(epochs=40, runs=3), paper=dict(epochs=40, runs=3)),
+    # each kind of candidates learns from the other image set once, one way or the other, as experiments can't wait for each other
     _selection('selection_cnn_cifar100', 'Table 9', 'cifar100', 'cnn', 30, ('given', 'learned'), sources=['selection_cnn_caltech101'], cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=3)),
     _selection('selection_cnn_caltech101', 'Table 10', 'caltech101', 'cnn', 48, cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=6)),
     _selection('selection_joint_cifar100', 'Table 10', 'cifar100', 'joint', 30, cpu=dict(epochs=10, runs=1), paper=dict(epochs=40, runs=3)),

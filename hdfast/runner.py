@@ -251,7 +251,7 @@ def _files_of(file):
     "All files of a result, without those of experiments whose names begin alike."
     begins = lambda f, name: f.stem == name or f.stem.startswith(f'{name}_')
     others = [n for n in EXPERIMENTS if n.startswith(f'{file.stem}_')]
-    return sorted(f for f in file.parent.glob(f'{file.stem}*') if begins(f, file.stem) and not any(begins(f, n) for n in others))
+    return sorted(f for f in file.parent.glob(f'{file.stem}*') if f.suffix != '.lock' and begins(f, file.stem) and not any(begins(f, n) for n in others))
 
 def _check_result(task, before):
     "PageFailure unless the page has written a result, after `before`, that holds."
@@ -389,7 +389,8 @@ def run_all(self:Runner,
     names, found, running = {t.name: t for t in tasks}, {}, {}
     order, chains = TopologicalSorter(_needs(tasks)), self.chains(tasks)
     order.prepare()
-    if len(tasks) > 1: self.say(f'{len(tasks)} pages: {self.forecast(tasks)}')
+    left = [t for t in tasks if self.again or not finished(t, self.out, self.device)]
+    if len(left) > 1: self.say(f'{len(left)} pages: {self.forecast(left)}')
     ready = [names[n] for n in order.get_ready()]
     with ThreadPoolExecutor(self.jobs) as pool:
         try:

@@ -116,8 +116,9 @@ def _oracle(runs):
     "Lines on what the experts do by themselves: FC of every clustering with the home cluster given."
     for gamma, ways in runs.groupby('gamma', dropna=False, sort=False):
         fc = ways[ways.routing == 'oracle router'].FC
-        size = ways[ways.routing == 'top-1'].reindex(columns=['parameters', 'MACs']).mean() # an image is asked of one expert, as in top-1
-        if len(fc): yield dict(number=f"{_clusters('disjoint' if pd.isna(gamma) else f'{gamma:g}')}, FC with the oracle router", ours=100*fc.mean(), sd=100*fc.std(), n=len(fc), **size, verdict=verdict(0, np.nan))
+        about = ways[ways.routing == 'top-1'].reindex(columns=['clusters', 'parameters'])
+        made = ' to '.join(f'{n:g}' for n in sorted({about.clusters.min(), about.clusters.max()}) if pd.notna(n))
+        if len(fc): yield dict(clusters=made or None, parameters=about.parameters.mean(), number=f"{_clusters('disjoint' if pd.isna(gamma) else f'{gamma:g}')}, FC with the oracle router", ours=100*fc.mean(), sd=100*fc.std(), n=len(fc), verdict=verdict(0, np.nan))
 
 def _size(r): return {c: r.get(c) for c in ('parameters', 'MACs')}
 def _clusters(gamma): return gamma if gamma in ('flat', 'disjoint') else f'γ = {gamma}'
@@ -155,7 +156,7 @@ def _trunk(table):
     for r in table[table.routing.isin(['flat', 'top-1', 'product', 'ensemble'])].to_dict('records'):
         yield dict(number=f"{r['model']}, {r['routing']}, accuracy", clusters=_whole(r.get('clusters')), ours=r['accuracy'], sd=r['sd'], n=r['n'], parameters=r['parameters'], MACs=r['macs'], verdict=_against_flat(r))
 
-def _whole(n): return None if pd.isna(n) else f'{float(n):g}'
+def _whole(n): return None if pd.isna(n) else f'{float(n):.3g}'
 
 def _hdcnn(table):
     "Lines of the same tables for Table 13: HD-CNN and the flat net beside it, accuracy and memory."
@@ -174,7 +175,7 @@ def _left_out(name, table, about):
 def _calibrations(table):
     "Lines on trust: calibration error before and after, of flat nets and full products."
     for r in table[table.routing.isin(['flat', 'product'])].to_dict('records'):
-        more = f"accuracy {r['FC']:.2f}, NLL {r['NLL']:.3f}, a group with right and given class has {r['classes, mistakes']:.1f} classes"
+        more = f"accuracy {r['FC']:.2f}, NLL {r['NLL']:.3f}, the smallest group with both the right and the wrong class has {r['classes, mistakes']:.1f} classes"
         yield dict(number=f"{r['model']}, temperatures {r['temperatures']}", ours=r['calibration error'], sd=r['calibration error sd'], n=r['n'], verdict=more)
 
 # %% ../nbs/82_summary.ipynb #82b0e009
@@ -300,15 +301,15 @@ def _cells(lines):
     "The lines of an item as text, the paper's numbers as it prints them, and no empty columns."
     lines = lines.replace('', np.nan)
     shown = lines[SHOWN[1:]].dropna(axis=1, how='all').apply(_shown)
-    return shown.assign(paper=lines.printed.fillna(shown.paper)) if 'paper' in shown else shown
+    return shown.assign(paper=lines.printed.astype(object).fillna(shown.paper)) if 'paper' in shown else shown
 
 _head = 'Every table and figure of the paper, and what goes beyond it, collected from the result files in this folder.'
 _KEY = (
     'Accuracies are in percent on test images: mean and standard deviation over n runs. HC is the share of images sent to the home cluster of their class (HC contains: to any cluster that holds it), FC the share whose class is right, asking one expert.',
-    'With the oracle router every image is sent to the home cluster of its class: with disjoint clusters a ceiling, with overlap none. γ is the overlap factor; clusters is how many there are.',
+    'With the oracle router every image is sent to the home cluster of its class: with disjoint clusters a ceiling, with overlap it isn\'t one. γ is the overlap factor; clusters is how many there are.',
     'A full circle (●) marks a row of the paper that reaches our profile "paper" in full: its epochs and runs, in float32 (a GPU multiplies in TF32, and the mark says so). What the paper leaves open, such as the batch size and the number of seeds, is our choice.',
     'An open circle (○) says what is missing; such a number is no reproduction of the paper\'s. Rows beyond the paper have no circle, only their epochs.',
-    'Memory is in megabytes. A counted number agrees if it is the printed one when rounded as that is.',
+    'Memory is in megabytes. A counted number agrees if it rounds to the printed one.',
     'The results come from several runs. A row names the commit of the page that made it; networks may have been found in a cache, trained before.',
     'Names of models and ways of choosing are explained on the pages, first of all nbs/experiments/tables.ipynb, trunk.ipynb and trust.ipynb.',
     'summary.csv has the same numbers with parameters, multiplications (MACs), versions, commit and wall time, which is that of the page.')

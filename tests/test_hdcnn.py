@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from hdfast import hdcnn
 from hdfast.clustering import ClassHierarchy, hierarchy_from_groups
 from hdfast.hdcnn import HDCNN, BuildingBlock, CoarseComponent, HDCNNHeads, copy_into, put_into
-from hdfast.families import train
 from hdfast.learners import class_counts, crop_flip, recipe
 from hdfast.networks import Conv, NetworkSpec, Stage
 from hdfast.trunk import Balanced, Distilled, FusedHeads, add_to_loss, re_estimate, trunk_spec
@@ -63,8 +62,9 @@ def test_copies_say_what_the_coarse_network_says(batch_norm):
 
 
 @pytest.mark.parametrize('batch_norm', [True, False])
-def test_a_separate_component_goes_back_into_its_own_place(batch_norm):
-    head = spec.expert
+@pytest.mark.parametrize('fc', [(8,), (8, 6)])
+def test_a_separate_component_goes_back_into_its_own_place(batch_norm, fc):
+    head = replace(spec.expert, fc=fc, dropout=.5)
     fine = FusedHeads(head, (5, 8, 8), [2, 3, 2], batch_norm).train()
     fine(torch.randn(16, 5, 8, 8)) # gives batch normalisation its statistics
     x, before = torch.randn(4, 5, 8, 8), fine.eval()(torch.zeros(4, 5, 8, 8))
@@ -77,22 +77,30 @@ def test_a_separate_component_goes_back_into_its_own_place(batch_norm):
     assert torch.equal(after[[0, 2]], before[[0, 2]]) and not torch.equal(after[1], before[1])
 
 
-def test_each_fine_component_learns_on_all_images_of_its_category(dls, h, monkeypatch):
-    seen = {}
-    def watched(net, view, *args):
-        seen[args[2]] = len(view.train.dataset), len(view.vocab), args[0].epochs
-        return train(net, view, *args)
-    monkeypatch.setattr(hdcnn, 'train', watched)
-    HDCNN(h, spec, how).fit(dls)
+def watched_fit(model, dls, monkeypatch, step):
+    "Fit with `step(name, net, view, recipe)` in place of training"
+    monkeypatch.setattr(hdcnn, 'train', lambda net, view, recipe, seed, name, on_epoch=None: step(name, net, view, recipe) or net.eval())
+    return model.fit(dls)
+
+
+def test_each_fine_component_learns_on_all_images_of_its_category_and_of_it_alone(dls, h, monkeypatch):
+    seen, places = {}, {f'the fine component of cluster {q}': q for q in range(h.n_clusters)}
+    def step(name, net, view, recipe):
+        seen[name] = len(view.train.dataset), len(view.vocab), recipe.epochs
+        if name in places:
+            for v in net.parameters(): torch.nn.init.constant_(v, places[name] + 1)
+    net = watched_fit(HDCNN(h, spec, how), dls, monkeypatch, step).net
     counts = class_counts(dls)
-    fine = {f'the fine component of cluster {q}': (sum(counts[c] for c in members), len(members), 1) for q, members in enumerate(h.clusters)}
+    fine = {name: (sum(counts[c] for c in h.clusters[q]), len(h.clusters[q]), 1) for name, q in places.items()}
     whole = sum(counts), h.n_classes
     assert seen == {'the building block': (*whole, 2), **fine, 'HD-CNN': (*whole, 1)} and sum(map(len, h.clusters)) > h.n_classes
+    assert all((v == q + 1).all() for q in range(h.n_clusters) for v in net.heads.experts.separate(q).parameters())
 
 
-def test_the_only_class_of_a_category_has_nothing_to_learn(dls, taxonomy):
-    alone = hierarchy_from_groups([0]*8 + [1], taxonomy.classes)
-    assert HDCNN(alone, spec, how).fit(dls).predict_proba(dls.valid, k=2).shape[1] == 9
+def test_the_only_class_of_a_category_has_nothing_to_learn(dls, taxonomy, monkeypatch):
+    alone, steps = hierarchy_from_groups([0]*8 + [1], taxonomy.classes), []
+    model = watched_fit(HDCNN(alone, spec, how), dls, monkeypatch, lambda name, *_: steps.append(name))
+    assert steps == ['the building block', 'the fine component of cluster 0', 'HD-CNN'] and model.predict_proba(dls.valid, k=2).shape[1] == 9
 
 
 @pytest.mark.parametrize('changes, says', [(dict(tied=True, router=replace(spec.router, stages=()), expert=replace(spec.expert, stages=())), 'neither tied nor paced'),

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 papermill = pytest.importorskip('papermill')
@@ -638,3 +639,35 @@ def test_pictures_of_another_experiment_are_left_out(tmp_path, monkeypatch):
 def test_tasks_take_a_folder_as_text(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, 'pages_folder', PAGES)
     assert tasks_of(EXPERIMENTS['memory'], 'smoke', str(tmp_path))[0].parameters['out'] == str(tmp_path)
+
+
+# ---- all smoke pages, killed again and again
+
+TIMED = {'seconds', 'images per second', 'images/s', 'images_a_second', 'wall_seconds'} # what no two runs share
+
+def smoke_run(out):
+    "`hdfast reproduce` of all smoke pages whose numbers aren't times, two at once"
+    names = [e.name for e in select('smoke') if not e.name.startswith('benchmark_')]
+    command = ['from hdfast.cli import main; raise SystemExit(main())', 'reproduce', '--profile', 'smoke', '--jobs', '2', '--device', 'cpu', '--only', *names, '--out', out]
+    with open(f'{out}.log', 'a') as log: return subprocess.Popen([sys.executable, '-c', *map(str, command)], stdout=log, stderr=log)
+
+
+@pytest.mark.skipif('HDFAST_LONG' not in os.environ, reason='takes a quarter of an hour on two cores: HDFAST_LONG=1 runs it')
+def test_ten_kills_at_random_moments_of_all_smoke_pages_change_no_number(tmp_path):
+    began, whole = time.monotonic(), smoke_run(tmp_path/'whole')
+    assert whole.wait(1800) == 0
+    longest, rng, reached = (time.monotonic() - began)/5, random.Random(0), 0
+    for _ in range(10):
+        process = smoke_run(tmp_path/'killed')
+        with suppress(subprocess.TimeoutExpired): process.wait(rng.uniform(5, longest))
+        if process.poll() is not None: break # all done before the tenth
+        for p in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+            with suppress(psutil.NoSuchProcess): p.kill()
+        process.wait()
+        reached += 1
+    assert reached >= 5 and smoke_run(tmp_path/'killed').wait(1800) == 0
+    files = {f.name for f in (tmp_path/'whole').glob('*.csv')}
+    assert len(files) > 20 and files == {f.name for f in (tmp_path/'killed').glob('*.csv')}
+    for name in sorted(files - {'summary.csv'}):
+        once, often = (pd.read_csv(tmp_path/which/name) for which in ('whole', 'killed'))
+        pd.testing.assert_frame_equal(*(t.drop(columns=TIMED & {*t}) for t in (once, often)), obj=name)

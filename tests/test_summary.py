@@ -121,7 +121,7 @@ def test_calibration_errors_of_flat_net_and_full_products(tmp_path):
     line, variants, left = of(tmp_path, 'Beyond 8').to_dict('records')
     assert line['number'] == 'shared trunk, temperatures each' and line['ours'] == 2.5 and line['protocol'] == '24 epochs' and left['verdict'] == 'not run yet'
     assert variants['number'].startswith("further variants of this profile: the paper's hierarchy; ") and variants['verdict'] == 'not run yet'
-    assert line['verdict'] == 'accuracy 45.50, NLL 2.061, a group with right and given class has 31.3 classes'
+    assert line['verdict'] == 'accuracy 45.50, NLL 2.061, the smallest group with both the right and the wrong class has 31.3 classes'
 
 
 def test_a_flat_control_stands_beside_the_hierarchies_on_trust(tmp_path):
