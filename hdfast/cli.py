@@ -44,7 +44,7 @@ def _bars():
     return nullcontext() if _terminal() else redirect_stdout(io.StringIO())
 
 # %% ../nbs/90_cli.ipynb #06309a9c
-DURATIONS = {'smoke': 'about 4 minutes on one core for all pages, under a minute for one', 'cpu': 'minutes for an experiment with MLPs, hours for one with CNNs, on 2 cores',
+DURATIONS = {'smoke': 'about 5 minutes on one core for all pages, under a minute for one', 'cpu': 'minutes for an experiment with MLPs, hours for one with CNNs, on 2 cores',
              'paper': 'about an hour for an experiment with MLPs, many hours for one with CNNs and overlap, on 2 cores (choose with --only)'}
 
 def _result(out, name):
