@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TRAIN', 'HELD_OUT', 'TEST', 'SPLITS', 'IMAGE_SETS', 'ImageSet', 'hold_out', 'stratified_split', 'fold',
            'cross_validation', 'synthetic', 'cache_dir', 'decode_image', 'atomically', 'decode', 'image_folder',
-           'cifar100', 'caltech101', 'caltech256', 'imagenet', 'imagenet100', 'imagenet200', 'image_set']
+           'ImagesAbsent', 'cifar100', 'caltech101', 'caltech256', 'imagenet', 'imagenet100', 'imagenet200',
+           'image_set']
 
 # %% ../nbs/00_datasets.ipynb #75114667
 import json, os, tempfile, warnings, zlib
@@ -539,11 +540,15 @@ def image_folder(
     return ImageSet(name or Path(path).resolve().name, images, labels, names, split, None if None in sup else sup)
 
 # %% ../nbs/00_datasets.ipynb #0808a3e9
+class ImagesAbsent(FileNotFoundError): "The images of a named set are neither on disk nor to be had from here."
+
 def _fetched(folder, url, get):
     "`folder`, if need be made of what `get(aside)` has downloaded from `url`; FileNotFoundError naming both if it can't"
     if folder.is_dir(): return folder
     try:
-        with urlopen(url, timeout=10): pass # an address out of reach ends here, before anything is written
+        with urlopen(url, timeout=10): pass
+    except Exception as e: raise ImagesAbsent(f"nothing in {folder}, and {url} can't be reached: {e}") from e
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f'.{folder.name}.lock')), tempfile.TemporaryDirectory(dir=folder.parent, prefix='.') as aside:
             if not folder.is_dir(): os.replace(get(Path(aside)), folder)
@@ -617,8 +622,8 @@ def _imagenet_folder(path):
     "Folder of ImageNet, which can't be downloaded without an account"
     folder = Path(path).expanduser() if path else fastai_path('data')/'imagenet'
     if folder.is_dir(): return folder
-    raise FileNotFoundError(f'nothing in {folder}: ImageNet has to be downloaded by hand from '
-                            'https://image-net.org/download.php, as train/<wnid>/ and, for a test part, val/<wnid>/')
+    raise ImagesAbsent(f'nothing in {folder}: ImageNet has to be downloaded by hand from '
+                       'https://image-net.org/download.php, as train/<wnid>/ and, for a test part, val/<wnid>/')
 
 # %% ../nbs/00_datasets.ipynb #8e5f413d
 def imagenet(

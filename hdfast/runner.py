@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'SPLIT', 'page_parameters', 'check_page', 'select', 'Task', 'tasks_of', 'page_version', 'finished',
-           'PageProcess', 'PageFailure', 'Runner', 'reproduce']
+           'PageProcess', 'PageFailure', 'NotRunHere', 'Runner', 'reproduce']
 
 # %% ../nbs/85_runner.ipynb #57df4972
 import ast, hashlib, json, os, re, subprocess, sys, threading, time
@@ -213,6 +213,7 @@ def kill(self:PageProcess):
 
 # %% ../nbs/85_runner.ipynb #22d194dd
 class PageFailure(RuntimeError): "Why a page has no result."
+class NotRunHere(PageFailure): "Why a page has none that is nobody's fault: its images are absent."
 
 def _why(status, errors, copy, timeout):
     "A sentence on why a page failed, or None."
@@ -226,6 +227,8 @@ def _why(status, errors, copy, timeout):
 def _last_line(error): return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 # %% ../nbs/85_runner.ipynb #f28607dc
+_ABSENT = 'not run here: images absent'
+
 def _cell_error(copy):
     "What failed in an executed page, or None."
     try: cells = [c for c in json.loads(copy.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
@@ -236,6 +239,7 @@ def _cell_error(copy):
     for i, cell in enumerate(cells, 1):
         error = next((o for o in cell['outputs'] if o['output_type'] == 'error'), None)
         if error and error['ename'] == 'SystemExit': return f"code cell {i} ended the page early by sys.exit({error['evalue'] or 0})"
+        if error and error['ename'] == 'ImagesAbsent': return f"{_ABSENT}: {error['evalue']}"
         if error: return f"code cell {i} failed: {error['ename']}: {error['evalue']}".rstrip(': ')
         if cell['metadata'].get('papermill', {}).get('exception'): # of a misused magic, which IPython tells on standard error only
             said = ''.join(''.join(o['text']) for o in cell['outputs'] if o.get('name') == 'stderr').strip()
@@ -329,9 +333,10 @@ def execute(self:Runner, task:Task):
     made_with = _made_with(task, self.out, self.device)
     fresh = not copy.exists() and not _receipt(task, self.out).exists() # otherwise some of its networks are in the cache
     try:
-        if why := _why(*self.attend(PageProcess(task, copy, self.environment)), copy, self.timeout): raise PageFailure(why)
+        why = _why(*self.attend(PageProcess(task, copy, self.environment)), copy, self.timeout)
+        if why: raise (NotRunHere if why.startswith(_ABSENT) else PageFailure)(why)
         _check_result(task, before)
-    except PageFailure as e: raise PageFailure('stopped' if self.stopped else f'{e}; see {copy}') from None
+    except PageFailure as e: raise PageFailure('stopped') if self.stopped else type(e)(f'{e}; see {copy}') from None
     os.replace(copy, copy.with_name(f'{task.name}.ipynb'))
     copy.with_suffix('.yaml').unlink()
     receipt = made_with | dict(result=_digest(_written(task)))
@@ -444,9 +449,10 @@ def unblocked(self:Runner, order, names, found) -> list:
     ready = []
     while some := order.get_ready():
         for t in (names[n] for n in some):
-            failed = [n for n in t.needs if isinstance(found.get(n), Exception)]
-            if not failed: ready.append(t); continue
-            found[t.name] = PageFailure(f"blocked: it needs {', '.join(failed)}")
+            missing = {n: found[n] for n in t.needs if isinstance(found.get(n), Exception)}
+            if not missing: ready.append(t); continue
+            absent = all(isinstance(e, NotRunHere) for e in missing.values())
+            found[t.name] = (NotRunHere if absent else PageFailure)(f"{_ABSENT if absent else 'blocked'}: it needs {', '.join(missing)}")
             self.say(f'{t.name}: {found[t.name]}')
             order.done(t.name)
     return ready
@@ -456,8 +462,10 @@ def unblocked(self:Runner, order, names, found) -> list:
 def tell(self:Runner, task, found, tasks):
     "Say how a task ended, and how much is left."
     result, left = found[task.name], [t for t in tasks if t.name not in found]
-    how = f'failed: {_last_line(result)}' if isinstance(result, Exception) else f'done in {format_time(self.seconds.get(task.name, 0))}'
+    how = _ended(result) if isinstance(result, Exception) else f'done in {format_time(self.seconds.get(task.name, 0))}'
     self.say(f'[{len(found)}/{len(tasks)}] {task.name}: {how}; {self.forecast(left)}')
+
+def _ended(e): return _last_line(e) if isinstance(e, NotRunHere) else f'failed: {_last_line(e)}'
 
 @patch
 def stop(self:Runner):
@@ -482,7 +490,9 @@ def reproduce(
     for e in experiments: _print_result(runner.out, e.name, found[e.name])
     try: print(f'\neverything beside the paper: {write_summary(runner.out)}')
     except (OSError, ValueError) as e: print(f'\nno summary: {e}') # a full disk, or a foreign file of an experiment's name
-    failed = [n for n, o in found.items() if isinstance(o, Exception)]
+    absent = [n for n, o in found.items() if isinstance(o, NotRunHere)]
+    if absent: print(f"\n{len(absent)} of {len(found)} not run here, for lack of images: {', '.join(absent)}")
+    failed = [n for n, o in found.items() if isinstance(o, Exception) and n not in absent]
     if failed: print(f"\n{len(failed)} of {len(found)} failed: {', '.join(failed)}; the same command runs these again")
     return {e.name: found[e.name] for e in experiments}
 
@@ -497,7 +507,7 @@ def tasks_of(self:Runner, e, profile):
 # %% ../nbs/85_runner.ipynb #92c4312c
 def _print_result(out, name, result):
     "Show the table of an experiment and where its files are."
-    if isinstance(result, Exception): return print(f'\n{name}: failed: {_last_line(result)}')
+    if isinstance(result, Exception): return print(f'\n{name}: {_ended(result)}')
     shown = ['clusters', 'gamma', 'HC home', 'HC contains', 'FC', 'FC sd', 'paper HC', 'paper FC', 'n']
     table = pd.read_csv(out/f'{name}.csv')
     if {'gamma', 'FC'} <= {*table}: table = table.reindex(columns=shown).dropna(axis=1, how='all')

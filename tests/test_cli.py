@@ -428,6 +428,12 @@ def test_reproduce_fails_with_1(runs):
     assert main(['reproduce']) == 1
 
 
+def test_absent_images_are_a_failure_only_if_asked_for_by_name(runs):
+    runs.found = {'mlp_synthetic': {}, 'cnn_imagenet100': runner.NotRunHere('no images')}
+    assert main(['reproduce', '--profile', 'paper']) == 0
+    assert main(['reproduce', '--profile', 'paper', '--only', 'cnn_imagenet100']) == 1
+
+
 def test_reproduce_needs_papermill(runs, monkeypatch, capsys):
     monkeypatch.setattr(cli, 'find_spec', lambda name: None)
     assert "pip install 'hdfast[reproduce]'" in refused(capsys, 'reproduce')

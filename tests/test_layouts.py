@@ -10,7 +10,7 @@ pytest.importorskip('papermill')
 
 from hdfast import runner
 from hdfast.experiments import EXPERIMENTS, load_result
-from hdfast.runner import PageFailure, reproduce
+from hdfast.runner import NotRunHere, reproduce
 from hdfast.summary import summary_lines
 
 OBJECTS = '001.ak47 056.dog 072.fire-truck 087.goldfish 126.ladder 257.clutter'.split()
@@ -108,9 +108,9 @@ def test_imagenet_transfer(run):
     assert lines.verdict.eq('the paper has all 1,000 classes').all() and lines.protocol.str.contains('40 of 224 pixels').all()
 
 
-def test_without_images_a_page_ends_with_where_they_were_sought(run, tmp_path, monkeypatch):
+def test_without_images_a_page_is_not_run_and_says_where_they_were_sought(run, tmp_path, monkeypatch):
     monkeypatch.setenv('FASTAI_HOME', str(tmp_path))
     found, out = run('cnn_imagenet200', tmp_path/'out', runs=1)
-    assert isinstance(found, PageFailure)
-    assert f"FileNotFoundError: nothing in {tmp_path/'data'/'imagenet'}: ImageNet has to be downloaded by hand" in str(found)
+    assert isinstance(found, NotRunHere)
+    assert f"not run here: images absent: nothing in {tmp_path/'data'/'imagenet'}: ImageNet has to be downloaded by hand" in str(found)
     assert 'not run here: images of ImageNet absent' in (out/'summary.md').read_text()

@@ -13,7 +13,7 @@ psutil = pytest.importorskip('psutil')
 
 from hdfast import runner
 from hdfast.experiments import EXPERIMENTS, Experiment, by_gamma
-from hdfast.runner import PageFailure, Runner, Task, check_page, page_version, page_parameters, reproduce, select, tasks_of
+from hdfast.runner import NotRunHere, PageFailure, Runner, Task, check_page, page_version, page_parameters, reproduce, select, tasks_of
 
 PAGES = runner.pages_folder
 PARAMETERS = "name = 'page'\nsteps = 3\nruns = 1\nfirst = 0\nnetworks = ''\nprofile = 'smoke'\nout = '.'"
@@ -324,6 +324,21 @@ def test_what_needs_a_failure_is_blocked_and_the_rest_goes_on(pages, run, lines)
     lines.clear()
     assert all(isinstance(o, dict) for o in run(jobs=2).values())
     assert len([line for line in lines if 'finished before' in line]) == 2 # the same command runs what is missing
+
+
+def test_absent_images_are_no_failure(pages, run, lines, capsys):
+    pages('absent', "from hdfast.datasets import image_set", "image_set('imagenet', path='nowhere')")
+    pages('child', SAVE, needs=['absent'])
+    pages('bad', 'raise FileNotFoundError')
+    pages('both', SAVE, needs=['absent', 'bad'])
+    pages('good', SAVE)
+    found = run(jobs=2)
+    assert {n: type(o) for n, o in found.items()} == dict(absent=NotRunHere, child=NotRunHere, bad=PageFailure, both=PageFailure, good=dict)
+    assert why(found, 'absent').startswith('not run here: images absent: nothing in nowhere: ImageNet has to be downloaded by hand')
+    assert why(found, 'child') == 'not run here: images absent: it needs absent' and why(found, 'both') == 'blocked: it needs absent, bad'
+    assert 'absent: not run here: images absent: nothing in' in '\n'.join(lines)
+    printed = capsys.readouterr().out
+    assert '2 of 5 not run here, for lack of images: absent, child\n' in printed and '2 of 5 failed: bad, both;' in printed
 
 
 # ---- what is finished, and who waits
