@@ -9,7 +9,7 @@ __all__ = ['repository', 'FAMILIES', 'pages_folder', 'EXPERIMENTS', 'use_device'
            'by_variant']
 
 # %% ../nbs/80_experiments.ipynb #90864d6f
-import json, os, platform, subprocess, time
+import json, os, platform, subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from scipy.stats import ttest_1samp
 from .clustering import cluster_into
 from .datasets import atomically, image_set
 from .hierarchical import HierarchicalClassifier
-from .families import fit_network
+from .families import fit_network, timed
 from .inference import keep_memory
 from .learners import RECIPES, held_out_confusion
 from .memory import family_memory, network_memory
@@ -112,23 +112,19 @@ def hierarchy_rows(
 ):                   # rows (list of dicts, accuracies in [0, 1]), confusion (K, K), hierarchies
     "Train and evaluate the flat net and a hierarchy for each gamma."
     dls = images.dataloaders(bs=how.bs)
-    flat, seconds = _timed(lambda: fit_network(dls, family.flat, how, seed, 'the flat network', cache))
+    flat, seconds = timed(lambda: fit_network(dls, family.flat, how, seed, 'the flat network', cache))
     report(f'  flat net {family.flat.name}: {seconds:.0f} s')
     C = held_out_confusion(flat, dls)
     rows, hierarchies = [], []
     for gamma in gammas:
         h = cluster_into(C, n_clusters, gamma, images.classes)
         model = HierarchicalClassifier(h, family.router, family.expert, how, seed)
-        _, seconds = _timed(lambda: model.fit(dls, cache, progress=False))
+        _, seconds = timed(lambda: model.fit(dls, cache, progress=False))
         rows += _evaluation_rows(model, model.evaluate(dls[2], flat), flat, gamma)
         hierarchies.append(h)
         fc = next(r['FC'] for r in reversed(rows) if r['routing'] == 'top-1')
         report(f"  {h.n_clusters} clusters, {'disjoint' if gamma is None else f'gamma {gamma:g}'}: {seconds:.0f} s, FC {fc:.2%}")
     return rows, C, hierarchies
-
-def _timed(f):
-    start = time.perf_counter()
-    return f(), time.perf_counter() - start
 
 # %% ../nbs/80_experiments.ipynb #f032a203
 def _evaluation_rows(model, found, flat, gamma):

@@ -148,5 +148,6 @@ def _train(self:HDCNN, net, dls, frozen, teachers, balanced, on_epoch):
     found = feature_dataloaders(dls, net.body.eval())
     for q, members in enumerate(h.clusters):
         if len(members) == 1: continue # nothing to learn
-        put_into(heads.experts, q, train(heads.experts.separate(q), class_view(found, members), shorter(2), seed + 1 + q, f'the fine component of cluster {q}', on_epoch))
+        alone = heads.experts.separate(q).to(memory_format=torch.channels_last) # a quarter faster on a CPU
+        put_into(heads.experts, q, train(alone, class_view(found, members), shorter(2), seed + 1 + q, f'the fine component of cluster {q}', on_epoch))
     train(net, dls, shorter(4, how.lr/10), seed + 1 + h.n_clusters, 'HD-CNN', on_epoch)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 from .clustering import ClassHierarchy, check_one_level, cluster_classes
-from .families import Job, code_version, feature_dataloaders, network_key, read_weights, save_weights, train
+from .families import Job, code_version, feature_dataloaders, network_key, read_weights, save_weights, timed, train
 from .hierarchical import HierarchicalClassifier
 from .inference import predict_in_batches
 from .learners import Normalization, Recipe, check_classes, class_counts, held_out_confusion, input_shape, probabilities
@@ -432,7 +432,7 @@ def fit(self:TrunkClassifier,
     net.to(dls.device)
     file = cache and Path(cache).expanduser()/f'trunk_{self._key(dls, ([net] if start is not None else []) + list(teachers), [frozen, balanced])}.safetensors'
     if not read_weights(net, file):
-        self._train(net, dls, frozen, teachers, balanced, on_epoch)
+        _, net.seconds = timed(lambda: self._train(net, dls, frozen, teachers, balanced, on_epoch))
         if file: save_weights(net, file)
     return self._use(net, shape, getattr(dls.train, 'normalize', None), dls.device)
 

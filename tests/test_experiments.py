@@ -98,7 +98,7 @@ def test_a_page_grows_to_what_it_gives_at_once(tmp_path, monkeypatch):
         return pd.read_csv(tmp_path/out/'trunk_synthetic_runs.csv').drop(columns='images_a_second').sort_values(order, ignore_index=True), load_result(tmp_path/out, 'trunk_synthetic')
     run('one', runs=1)
     (grown, (table, about)), (whole, (at_once, _)) = run('grown', runs=2, earlier=str(tmp_path/'one')), run('whole', runs=2)
-    costs = ['macs', 'parameters', 'memory']
+    costs = ['macs', 'parameters', 'memory', 'training_seconds']
     assert grown[grown.run == 'seed 0'][costs].isna().all(axis=None) and grown[grown.run == 'seed 1'].notna().macs.all()
     pd.testing.assert_frame_equal(grown.drop(columns=costs), whole.drop(columns=costs), rtol=1e-5)
     shown = ['model', 'routing', 'accuracy', 'sd', 'margin', 'margin low', 'above best', 'held-out', 'n']
@@ -177,7 +177,7 @@ def test_every_variant_of_the_trunk_page_is_trained_and_counted(tmp_path, monkey
     assert {*hierarchies.model} == {*variants_of('trunk.ipynb')} - {d['model'] for d in about['diverged']} and len(about['diverged']) < 3
     chosen = {*about['winners'], *(m for m, _ in about['met'])}
     assert about['winners'] and not any(w.endswith(('other seed', 'HD-CNN', 'one cluster')) for w in chosen) # neither second seeds nor controls nor others win
-    assert hierarchies[['macs', 'parameters', 'memory MB', 'images/s']].gt(0).all(axis=None) and len(hierarchies) == 3*hierarchies.model.nunique()
+    assert table[table.routing != 'ensemble'][['macs', 'parameters', 'memory MB', 'training s', 'images/s']].gt(0).all(axis=None) and len(hierarchies) == 3*hierarchies.model.nunique()
 
 
 def test_parts_of_a_trunk_page_train_all_that_the_whole_needs(tmp_path, monkeypatch):
@@ -189,7 +189,7 @@ def test_parts_of_a_trunk_page_train_all_that_the_whole_needs(tmp_path, monkeypa
         said = []
         found = runner.reproduce('cpu', None, tmp_path/out, device='cpu', jobs=jobs, say=said.append)['trunk_synthetic']
         assert isinstance(found, dict), found
-        return said, load_result(tmp_path/out, 'trunk_synthetic')[0].drop(columns='images/s'), {f.name for f in (tmp_path/out/'networks').glob('*.safetensors')}
+        return said, load_result(tmp_path/out, 'trunk_synthetic')[0].drop(columns=['images/s', 'training s']), {f.name for f in (tmp_path/out/'networks').glob('*.safetensors')}
     said, parted, networks = run('parts', 2)
     _, whole, same = run('whole', 1)
     assert [line.split('] ')[1].split(':')[0] for line in said if line.startswith('[')][0] == 'trunk_synthetic.1.1' and len(networks) == 4
