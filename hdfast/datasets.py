@@ -540,15 +540,13 @@ def image_folder(
     return ImageSet(name or Path(path).resolve().name, images, labels, names, split, None if None in sup else sup)
 
 # %% ../nbs/00_datasets.ipynb #0808a3e9
-class ImagesAbsent(FileNotFoundError): "The images of a named set are neither on disk nor to be had from here."
+class ImagesAbsent(FileNotFoundError): "The images of a set that has to be fetched by hand aren't there."
 
 def _fetched(folder, url, get):
     "`folder`, if need be made of what `get(aside)` has downloaded from `url`; FileNotFoundError naming both if it can't"
     if folder.is_dir(): return folder
     try:
-        with urlopen(url, timeout=10): pass
-    except Exception as e: raise ImagesAbsent(f"nothing in {folder}, and {url} can't be reached: {e}") from e
-    try:
+        with urlopen(url, timeout=10): pass # an address out of reach ends here, before anything is written
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f'.{folder.name}.lock')), tempfile.TemporaryDirectory(dir=folder.parent, prefix='.') as aside:
             if not folder.is_dir(): os.replace(get(Path(aside)), folder)
@@ -613,7 +611,8 @@ def caltech256(
 ) -> ImageSet:
     "CalTech-256 (https://data.caltech.edu/records/nyy15-4j048): 257 classes with the clutter."
     folder = Path(path).expanduser() if path else fastai_path('data')/'caltech256'/'256_ObjectCategories'
-    _fetched(folder, _CALTECH256_URL, _get_caltech256)
+    try: _fetched(folder, _CALTECH256_URL, _get_caltech256)
+    except FileNotFoundError as e: raise ImagesAbsent(e) from e
     s = image_folder(folder, size, held_out=held_out, seed=seed, name='caltech256', only='*.jpg')
     return _folded(s, fold, folds, held_out, seed)
 

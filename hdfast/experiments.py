@@ -269,7 +269,7 @@ def earlier_runs(
         raise ValueError(f"{name} in {folder} has {', '.join(there)}: nothing to go on from for {', '.join(wanted)}")
     before = dict(runs=there) | about['provenance'] | {k: about[k] for k in ('wall_seconds', 'diverged') if k in about}
     _check_same(f'{name} in {folder}', _circumstances(about['parameters'], before), _circumstances(parameters, made_by))
-    rows = rows[rows.run.isin(there)].drop(columns=list(leave_out))
+    rows = rows[rows.run.isin(there)].drop(columns=list(leave_out), errors='ignore')
     return rows.to_dict('records'), made_by | dict(runs=wanted[len(there):], earlier=makers(before))
 
 def _circumstances(parameters, made):

@@ -128,16 +128,16 @@ def timed(
     return f(), time.perf_counter() - start
 
 def save_weights(
-    net, # a trained module, with its `seconds`
+    net, # a trained module, with its `training_seconds`
     file # a .safetensors path; its folder is made if need be
 ):
     "Write the weights of `net` aside and rename, so that `file` is whole or absent; with them, how long training took."
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomically(file) as part: save_file({k: v.contiguous() for k, v in net.state_dict().items()}, part, {'seconds': str(net.seconds)})
+    with atomically(file) as part: save_file({k: v.contiguous() for k, v in net.state_dict().items()}, part, {'training_seconds': str(net.training_seconds)})
 
 def read_weights(
-    net,  # a module, which gets the weights and `seconds`
+    net,  # a module, which gets the weights and `training_seconds`
     file, # what `save_weights` wrote, or None
 ) -> bool:
     "Give `net` the weights in `file`, if it is there; a damaged one is as good as none, with a warning."
@@ -145,7 +145,7 @@ def read_weights(
     try:
         with safe_open(file, 'pt') as f:
             net.load_state_dict({k: f.get_tensor(k) for k in f.keys()})
-            net.seconds = float(f.metadata()['seconds'])
+            net.training_seconds = float(f.metadata()['training_seconds'])
     except SafetensorError as e:
         warnings.warn(f'{file} is damaged ({e}); what it held is trained anew')
         return False
@@ -495,7 +495,7 @@ def fit_networks(
     for how, which in _work(jobs, [i for i, net in enumerate(nets) if net is None]):
         trained, seconds = timed(lambda: how([jobs[i] for i in which], recipe))
         for i, net in zip(which, trained):
-            net.seconds = seconds/len(which)
+            net.training_seconds = seconds/len(which)
             if files[i]: save_weights(net, files[i])
             done(i, net)
     return nets
@@ -528,7 +528,7 @@ def fit_network(
     file = cached_file(job, recipe, cache)
     if (net := _read(job, file)) is not None: return net
     net, seconds = timed(lambda: train(job.build(), dls, recipe, seed, name, on_epoch))
-    net.seconds = seconds
+    net.training_seconds = seconds
     if file: save_weights(net, file)
     return net
 

@@ -213,7 +213,7 @@ def kill(self:PageProcess):
 
 # %% ../nbs/85_runner.ipynb #22d194dd
 class PageFailure(RuntimeError): "Why a page has no result."
-class NotRunHere(PageFailure): "Why a page has none that is nobody's fault: its images are absent."
+class NotRunHere(PageFailure): "Why a page has no result though nothing failed: its images are absent."
 
 def _why(status, errors, copy, timeout):
     "A sentence on why a page failed, or None."
@@ -451,8 +451,8 @@ def unblocked(self:Runner, order, names, found) -> list:
         for t in (names[n] for n in some):
             missing = {n: found[n] for n in t.needs if isinstance(found.get(n), Exception)}
             if not missing: ready.append(t); continue
-            absent = all(isinstance(e, NotRunHere) for e in missing.values())
-            found[t.name] = (NotRunHere if absent else PageFailure)(f"{_ABSENT if absent else 'blocked'}: it needs {', '.join(missing)}")
+            reason = next(iter(missing.values()))
+            found[t.name] = reason if all(isinstance(e, NotRunHere) for e in missing.values()) else PageFailure(f"blocked: it needs {', '.join(missing)}")
             self.say(f'{t.name}: {found[t.name]}')
             order.done(t.name)
     return ready
@@ -490,9 +490,9 @@ def reproduce(
     for e in experiments: _print_result(runner.out, e.name, found[e.name])
     try: print(f'\neverything beside the paper: {write_summary(runner.out)}')
     except (OSError, ValueError) as e: print(f'\nno summary: {e}') # a full disk, or a foreign file of an experiment's name
-    absent = [n for n, o in found.items() if isinstance(o, NotRunHere)]
-    if absent: print(f"\n{len(absent)} of {len(found)} not run here, for lack of images: {', '.join(absent)}")
-    failed = [n for n, o in found.items() if isinstance(o, Exception) and n not in absent]
+    absent = [e.name for e in experiments if isinstance(found[e.name], NotRunHere)]
+    if absent: print(f"\n{len(absent)} of {len(experiments)} experiments not run here, for lack of images: {', '.join(absent)}; once they are there, the same command runs these")
+    failed = [n for n, o in found.items() if isinstance(o, Exception) and not isinstance(o, NotRunHere)]
     if failed: print(f"\n{len(failed)} of {len(found)} failed: {', '.join(failed)}; the same command runs these again")
     return {e.name: found[e.name] for e in experiments}
 

@@ -25,7 +25,7 @@ class Item:
     images:str=''      # image set that has to be fetched by hand
     verdict:str=''     # said of every number of the item, in place of a comparison
 
-def _overlap(table, what, *experiments, more='', images=''):
+def _hierarchy_item(table, what, *experiments, more='', images=''):
     "One of Tables 3 to 8, with the number of clusters that the paper has."
     return Item(table, f"{what} (the paper has {EXPERIMENTS[experiments[0]].parameters['n_clusters']} clusters){more}", experiments, images=images)
 
@@ -39,9 +39,9 @@ ITEMS = [
     Item('Fig. 7a', 'dendrogram, CIFAR-100', ('cnn_cifar100',), 'cnn_cifar100_dendrogram'),
     Item('Fig. 7b', 'dendrogram, ImageNet', ('cnn_imagenet200', 'cnn_imagenet100'), '{}_dendrogram', 'ImageNet'),
     Item('Table 1', 'CNN_1 to CNN_5', ('architectures',)), Item('Table 2', 'CNN_TL_1 to CNN_TL_5', ('architectures',)),
-    _overlap('Table 3', 'CalTech-101, MLPs', 'mlp_caltech101'), _overlap('Table 4', 'CalTech-101, CNNs', 'cnn_caltech101'),
-    _overlap('Table 5', 'CalTech-256, MLPs', 'mlp_caltech256', images='CalTech-256'), _overlap('Table 6', 'CalTech-256, CNNs', 'cnn_caltech256', images='CalTech-256'),
-    _overlap('Table 7', 'CIFAR-100, MLPs', 'mlp_cifar100'), _overlap('Table 8', 'CIFAR-100, CNNs', 'cnn_cifar100', 'cnn_cifar100_overlap', more='; the paper\'s numbers are those of its Tables 9 and 10, since its Table 8 repeats Table 7'),
+    _hierarchy_item('Table 3', 'CalTech-101, MLPs', 'mlp_caltech101'), _hierarchy_item('Table 4', 'CalTech-101, CNNs', 'cnn_caltech101'),
+    _hierarchy_item('Table 5', 'CalTech-256, MLPs', 'mlp_caltech256', images='CalTech-256'), _hierarchy_item('Table 6', 'CalTech-256, CNNs', 'cnn_caltech256', images='CalTech-256'),
+    _hierarchy_item('Table 7', 'CIFAR-100, MLPs', 'mlp_cifar100'), _hierarchy_item('Table 8', 'CIFAR-100, CNNs', 'cnn_cifar100', 'cnn_cifar100_overlap', more='; the paper\'s numbers are those of its Tables 9 and 10, since its Table 8 repeats Table 7'),
     Item('Table 9', 'CIFAR-100, given and learned clusters', ('selection_cnn_cifar100',)),
     Item('Table 10', 'CalTech-101 and CIFAR-100, all models but transfer', ('selection_cnn_caltech101', 'selection_joint_caltech101', 'selection_joint_cifar100')),
     Item('Table 10', 'CalTech-101, adaptive transfer and the joint model with it', ('transfer_caltech101',)),

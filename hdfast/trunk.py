@@ -432,7 +432,7 @@ def fit(self:TrunkClassifier,
     net.to(dls.device)
     file = cache and Path(cache).expanduser()/f'trunk_{self._key(dls, ([net] if start is not None else []) + list(teachers), [frozen, balanced])}.safetensors'
     if not read_weights(net, file):
-        _, net.seconds = timed(lambda: self._train(net, dls, frozen, teachers, balanced, on_epoch))
+        _, net.training_seconds = timed(lambda: self._train(net, dls, frozen, teachers, balanced, on_epoch))
         if file: save_weights(net, file)
     return self._use(net, shape, getattr(dls.train, 'normalize', None), dls.device)
 

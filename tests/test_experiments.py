@@ -97,6 +97,8 @@ def test_a_page_grows_to_what_it_gives_at_once(tmp_path, monkeypatch):
         assert isinstance(found, dict), found
         return pd.read_csv(tmp_path/out/'trunk_synthetic_runs.csv').drop(columns='images_a_second').sort_values(order, ignore_index=True), load_result(tmp_path/out, 'trunk_synthetic')
     run('one', runs=1)
+    rows = tmp_path/'one'/'trunk_synthetic_runs.csv'
+    pd.read_csv(rows).drop(columns='training_seconds').to_csv(rows, index=False) # as results were before that cost was known
     (grown, (table, about)), (whole, (at_once, _)) = run('grown', runs=2, earlier=str(tmp_path/'one')), run('whole', runs=2)
     costs = ['macs', 'parameters', 'memory', 'training_seconds']
     assert grown[grown.run == 'seed 0'][costs].isna().all(axis=None) and grown[grown.run == 'seed 1'].notna().macs.all()
@@ -178,6 +180,24 @@ def test_every_variant_of_the_trunk_page_is_trained_and_counted(tmp_path, monkey
     chosen = {*about['winners'], *(m for m, _ in about['met'])}
     assert about['winners'] and not any(w.endswith(('other seed', 'HD-CNN', 'one cluster')) for w in chosen) # neither second seeds nor controls nor others win
     assert table[table.routing != 'ensemble'][['macs', 'parameters', 'memory MB', 'training s', 'images/s']].gt(0).all(axis=None) and len(hierarchies) == 3*hierarchies.model.nunique()
+
+
+def test_what_diverges_on_the_trunk_page_is_listed_and_the_rest_goes_on(tmp_path, monkeypatch):
+    pytest.importorskip('papermill')
+    from hdfast import runner
+    page, train = (pages_folder/'trunk.ipynb').read_text(encoding='utf-8'), 'def fit_flat(n, dls, s): return fit_network('
+    assert page.count(train) == 1
+    (tmp_path/'trunk.ipynb').write_text(page.replace(train, "def fit_flat(n, dls, s):\\n    if n == 'CNN_2': raise FloatingPointError('lost')\\n    return fit_network("), encoding='utf-8')
+    (tmp_path/'paper.json').write_text('{}')
+    small = dict(epochs=1, runs=1, flats=['CNN_1', 'CNN_2', 'CNN_3'], variants=['shared trunk', 'distilled'], max_size=4) # distilled listens to CNN_2
+    monkeypatch.setattr(runner, 'pages_folder', tmp_path)
+    monkeypatch.setattr(runner, 'EXPERIMENTS', {'trunk_synthetic': replace(EXPERIMENTS['trunk_synthetic'], profiles={'smoke': small})})
+    found = runner.reproduce('smoke', None, tmp_path/'out', device='cpu', say=str)['trunk_synthetic']
+    assert isinstance(found, dict) and found['diverged'] == [dict(run='seed 0', model=m, error='lost') for m in ('CNN_2', 'distilled')], found
+    table = load_result(tmp_path/'out', 'trunk_synthetic')[0]
+    assert table.model.drop_duplicates().tolist() == ['CNN_1', 'CNN_3', 'shared trunk']
+    best = table[table.routing == 'flat'].accuracy.max()
+    assert (table['above best'] - (table.accuracy - best)).abs().max() < 1e-3
 
 
 def test_parts_of_a_trunk_page_train_all_that_the_whole_needs(tmp_path, monkeypatch):
