@@ -21,12 +21,12 @@ from matplotlib import pyplot as plt
 from scipy.stats import ttest_1samp
 from .clustering import cluster_into
 from .datasets import atomically, image_set
-from .hierarchical import HierarchicalClassifier
+from .hierarchical import HierarchicalClassifier, price
 from .families import fit_network, timed
 from .inference import keep_memory
 from .learners import RECIPES, held_out_confusion
 from .memory import family_memory, network_memory
-from .networks import SPECS, mlp_spec, n_parameters
+from .networks import SPECS, mlp_spec
 from .selection import CANDIDATES
 
 # %% ../nbs/80_experiments.ipynb #060f8c05
@@ -129,14 +129,14 @@ def hierarchy_rows(
 # %% ../nbs/80_experiments.ipynb #f032a203
 def _evaluation_rows(model, found, flat, gamma):
     "Rows of an `Evaluation`, with what they belong to and what they cost."
-    h, stored = model.hierarchy, sum(n_parameters(m) for m in (model.router, *model.experts) if m is not None)
+    h = model.hierarchy
     about = dict(gamma=np.nan if gamma is None else gamma, clusters=h.n_clusters, max_size=h.max_size,
                  memberships=sum(map(len, h.clusters))/h.n_classes)
-    size = lambda way: n_parameters(flat) if way == 'flat net' else stored
+    prices = {way: price([flat] if way == 'flat net' else model.networks) for way in found.table.index}
     shares = found.clusters.images/found.n
     macs = {'flat net': network_memory(flat, h.n_classes, model.shape).macs,
             'top-1': family_memory(model, routing=shares).macs['one image', 'separate']}
-    return [{'routing': way, **about, 'parameters': size(way), 'MACs': macs.get(way), **scores} for way, scores in found.table.iterrows()]
+    return [{'routing': way, **about, **prices[way], 'MACs': macs.get(way), **scores} for way, scores in found.table.iterrows()]
 
 # %% ../nbs/80_experiments.ipynb #bc0d47c3
 def runs_of(
@@ -160,7 +160,7 @@ def summarise(
     def line(part, **about):
         m = 100*part[['HC home', 'HC contains', 'FC', 'FC macro']].astype(float)
         stats = {f'{c} {s}': v for c in m for s, v in (('mean', m[c].mean()), ('sd', m[c].std()))}
-        return dict(about, **stats, n=len(part), memberships=part.memberships.mean(), parameters=int(part.parameters.mean()), MACs=int(part.MACs.mean()))
+        return dict(about, **stats, n=len(part), memberships=part.memberships.mean(), parameters=int(part.parameters.mean()), MACs=int(part.MACs.mean()), **{'training s': part.training_seconds.mean()})
     flat = rows[rows.routing == 'flat net'].drop_duplicates('run')
     lines = [line(flat.assign(memberships=np.nan), clusters='1', gamma='flat')]
     for gamma, part in rows[rows.routing == 'top-1'].groupby('gamma', dropna=False, sort=False):

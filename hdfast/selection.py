@@ -31,7 +31,7 @@ from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from .clustering import ClassHierarchy, check_one_level, palette, sub_confusion
 from .confusion import check_confusion, distance_matrix
 from .families import Job, bar_over, fit_networks
-from .hierarchical import HierarchicalClassifier, class_scores
+from .hierarchical import HierarchicalClassifier, class_scores, price
 from .learners import accuracy_on, as_view, check_classes, class_counts, class_view, held_out_confusion, input_shape, probabilities, recipe
 from .linkage import average_linkage
 from .memory import family_memory, network_memory
@@ -449,17 +449,17 @@ def choice_rows(
     seed:int=0,       # as for the trials
     cache=None,       # that of the trials
     flat=None,        # the flat network, for its own row
-) -> pd.DataFrame:    # index: way to choose; shares in [0, 1], parameters of the whole family, multiplications (MACs) for one image
+) -> pd.DataFrame:    # index: way to choose; shares in [0, 1], parameters of the whole family, seconds of its training, multiplications (MACs) for one image
     "Accuracy of the hierarchical classifier on the test images, for each way to choose its experts, and what it costs."
     rows = {} if flat is None else {'flat net': class_scores(*probabilities(flat, dls[2])) | _flat_cost(flat, h.n_classes, input_shape(dls))}
     for way, specs in experts.items():
         model = HierarchicalClassifier(h, router, specs, recipe, seed).fit(dls, cache, progress=False)
         table = model.evaluate_routed(dls[2])
         rows[way] = {**table.loc['top-1'], 'oracle router': table.loc['oracle router', 'FC'],
-                     'parameters': sum(n_parameters(m) for m in (model.router, *model.experts) if m is not None), 'MACs': _routed_macs(model, dls[2])}
+                     **price(model.networks), 'MACs': _routed_macs(model, dls[2])}
     return pd.DataFrame(rows).T
 
-def _flat_cost(net, n_classes, shape): return dict(parameters=n_parameters(net), MACs=network_memory(net, n_classes, shape).macs)
+def _flat_cost(net, n_classes, shape): return price([net]) | dict(MACs=network_memory(net, n_classes, shape).macs)
 
 def _routed_macs(model, dl):
     "Multiplications for one image, on average over the clusters that the images are sent to."

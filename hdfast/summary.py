@@ -123,7 +123,7 @@ def _oracle(runs):
         made = ' to '.join(f'{n:g}' for n in sorted({about.clusters.min(), about.clusters.max()}) if pd.notna(n))
         if len(fc): yield dict(clusters=made or None, parameters=about.parameters.mean(), number=f"{_clusters('disjoint' if pd.isna(gamma) else f'{gamma:g}')}, FC with the oracle router", ours=100*fc.mean(), sd=100*fc.std(), n=len(fc), verdict=verdict(0, np.nan))
 
-def _size(r): return {c: r.get(c) for c in ('parameters', 'MACs')}
+def _size(r): return dict(parameters=r.get('parameters'), MACs=r.get('MACs', r.get('macs')), training_seconds=r.get('training s'))
 def _clusters(gamma): return gamma if gamma in ('flat', 'disjoint') else f'γ = {gamma}'
 
 # %% ../nbs/82_summary.ipynb #173a3a94
@@ -157,7 +157,7 @@ def _against_flat(r):
 def _trunk(table):
     "Lines of the shared-trunk tables."
     for r in table[table.routing.isin(['flat', 'top-1', 'product', 'ensemble'])].to_dict('records'):
-        yield dict(number=f"{r['model']}, {r['routing']}, accuracy", clusters=_whole(r.get('clusters')), ours=r['accuracy'], sd=r['sd'], n=r['n'], parameters=r['parameters'], MACs=r['macs'], verdict=_against_flat(r))
+        yield dict(number=f"{r['model']}, {r['routing']}, accuracy", clusters=_whole(r.get('clusters')), ours=r['accuracy'], sd=r['sd'], n=r['n'], **_size(r), verdict=_against_flat(r))
 
 def _whole(n): return None if pd.isna(n) else f'{float(n):.3g}'
 
@@ -165,7 +165,7 @@ def _hdcnn(table):
     "Lines of the same tables for Table 13: HD-CNN and the flat net beside it, accuracy and memory."
     hd = table[table.model.str.contains('HD-CNN') & table.routing.isin(['top-1', 'product'])]
     for r in (pd.concat([table[table.routing == 'flat'][:1], hd]) if len(hd) else hd).to_dict('records'):
-        yield dict(number=f"{r['model']}, {r['routing']}, accuracy", ours=r['accuracy'], sd=r['sd'], n=r['n'], parameters=r['parameters'], MACs=r['macs'])
+        yield dict(number=f"{r['model']}, {r['routing']}, accuracy", ours=r['accuracy'], sd=r['sd'], n=r['n'], **_size(r))
         if pd.notna(r.get('memory MB')): yield dict(number=f"{r['model']}, {r['routing']}, memory in MB", ours=r['memory MB'])
 
 def _left_out(name, table, about):
@@ -240,7 +240,7 @@ def _marked(line, item, name, about):
 
 # %% ../nbs/82_summary.ipynb #0ce84a4a
 SHOWN = ['item', 'experiment', 'number', 'clusters', 'ours', 'sd', 'n', 'paper', 'verdict', 'protocol', 'profile', 'device', 'commit']
-KEPT = [*SHOWN, 'printed', 'parameters', 'MACs', 'wall_seconds', 'arithmetic', 'versions', 'git_sha', 'git_dirty']
+KEPT = [*SHOWN, 'printed', 'parameters', 'MACs', 'training_seconds', 'wall_seconds', 'arithmetic', 'versions', 'git_sha', 'git_dirty']
 
 def summary_lines(
     out,              # folder of results
@@ -315,7 +315,7 @@ _KEY = (
     'Memory is in megabytes. A counted number agrees if it rounds to the printed one.',
     'The results come from several runs. A row names the commit of the page that made it; networks may have been found in a cache, trained before.',
     'Names of models and ways of choosing are explained on the pages, first of all nbs/experiments/tables.ipynb, trunk.ipynb and trust.ipynb.',
-    'summary.csv has the same numbers with parameters, multiplications (MACs), versions, commit and wall time, which is that of the page.')
+    'summary.csv has the same numbers with parameters, multiplications (MACs), versions, commit, the seconds that the networks of a row were trained (since that is kept) and the wall time of the page.')
 
 # %% ../nbs/82_summary.ipynb #c05a8fa6
 def _sections(lines, out):

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 import hdfast.hierarchical as hierarchical
 from hdfast.clustering import ClassHierarchy, cluster_classes, cluster_recursively, hierarchy_from_groups
 from hdfast.confusion import check_confusion
-from hdfast.hierarchical import HierarchicalClassifier, calibration_error, check_replaceable, class_scores, combine, decompose, routing_scores
+from hdfast.hierarchical import HierarchicalClassifier, calibration_error, check_replaceable, class_scores, combine, decompose, price, routing_scores
 from hdfast import families
 from hdfast.families import fit_network
 from hdfast.learners import class_view, cluster_view, recipe
@@ -172,6 +172,14 @@ def test_a_cluster_of_one_class_has_no_expert_and_one_cluster_has_no_router(kind
             assert (e is None) == (len(members) == 1) and isinstance(e, HierarchicalClassifier) == (child is not None)
             if child is not None: check(e)
     check(fitted(kind))
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_price_is_that_of_all_networks_however_deep(kind, fitted):
+    m = fitted(kind)
+    stored = sum(v.numel() for v in m._state().values())
+    assert price(m.networks)['parameters'] == stored
+    assert price(m.networks)['training_seconds'] > 0 and np.isnan(price([torch.nn.Linear(2, 2)])['training_seconds'])
 
 
 def test_router_and_experts_are_the_networks_that_their_views_alone_would_give(images, dls):

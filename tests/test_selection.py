@@ -519,6 +519,8 @@ def test_choice_rows_are_those_of_the_classifier(fitted):
     inputs = np.prod(routed.shape)
     hand = inputs*4 + 4*h.n_clusters + sum(share*(inputs*4 + 4*len(q)) for share, q in zip(sent, h.clusters) if len(q) > 1) # MLP_4 twice: router and expert
     assert rows.MACs['one'] == pytest.approx(hand, rel=1e-6)
+    assert rows.parameters['one'] == sum(p.numel() for net in routed.networks for p in net.parameters())
+    assert rows.training_seconds['one'] == sum(net.training_seconds for net in routed.networks) > 0
 
 
 def test_the_picture_counts():

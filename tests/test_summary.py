@@ -66,7 +66,7 @@ def test_every_row_of_tables_3_to_10_has_profile_and_mark(tmp_path, table, name)
 
 def test_both_readings_of_hc_and_the_oracle_are_there(tmp_path):
     rows = [hierarchy_row('flat', 39., 2), hierarchy_row('disjoint', 35., 2), hierarchy_row('3', 34., 2)]
-    for r in rows: r |= {'HC contains': np.nan if r['gamma'] == 'flat' else 97., 'HC contains sd': .1, 'paper HC': 50., 'parameters': 5, 'MACs': 7}
+    for r in rows: r |= {'HC contains': np.nan if r['gamma'] == 'flat' else 97., 'HC contains sd': .1, 'paper HC': 50., 'parameters': 5, 'MACs': 7, 'training s': 9}
     runs = [dict(run=run, routing=routing, gamma=gamma, FC=fc) for run, more in (('seed 0', 0), ('seed 1', .02)) for gamma, fc in ((np.nan, .6 + more), (3, .3)) for routing in ('top-1', 'oracle router')]
     about = dict(parameters=dict(epochs=40, runs=2, family='cnn'), provenance=dict(profile='paper', device='a CPU', git_sha='0123456789abcdef', git_dirty=True, versions=dict(torch='2.11')), wall_seconds=12)
     save_result(tmp_path, 'cnn_cifar100', pd.DataFrame(rows), pd.DataFrame(runs), about)
@@ -77,7 +77,7 @@ def test_both_readings_of_hc_and_the_oracle_are_there(tmp_path):
     assert lines.ours['γ = 3, FC with the oracle router'] == pytest.approx(30) and lines.n['γ = 3, FC with the oracle router'] == 2
     write_summary(tmp_path)
     kept = pd.read_csv(tmp_path/'summary.csv').query('experiment == "cnn_cifar100"').set_index('number').loc['γ = 3, FC']
-    assert kept[['parameters', 'MACs', 'page_wall_seconds', 'versions', 'git_sha', 'git_dirty', 'n']].tolist() == [5, 7, 12, 'torch 2.11', '0123456789abcdef', True, 2]
+    assert kept[['parameters', 'MACs', 'training_seconds', 'page_wall_seconds', 'versions', 'git_sha', 'git_dirty', 'n']].tolist() == [5, 7, 9, 12, 'torch 2.11', '0123456789abcdef', True, 2]
 
 
 def test_the_overview_counts_what_agrees_and_says_how_it_was_made(tmp_path):
