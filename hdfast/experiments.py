@@ -375,7 +375,8 @@ _few = [_paper[0], 'shared trunk, tied', *_best, *_slim, 'HD-CNN', f'{_wide}, HD
 _heads = ['linear experts', 'nothing but convolutions shared', 'private convolutions', 'pace sqrt n']
 _clusters = ['max_size 3', 'max_size 10', 'overlap, gamma 0.5', 're-estimated']
 _training = ['frozen trunk', 'warm trunk', 'distilled', 'drop', 'batch norm', 'wide trunk']
-_trials = ['shared trunk', *_heads, *_clusters, *_training, _wide, f'{_wide}, tied, overlap, gamma 0.5', 'HD-CNN, gamma 1'] # one or two changes at a time, all of the wide trunk's, and overlap where it may pay
+_normed_alone = [f'{trunk}batch norm, {heads}' for trunk in ('', 'wide trunk, ') for heads in ('tied', 'one cluster')] # without dropout
+_trials = ['shared trunk', *_heads, *_clusters, *_training, *_normed_alone, _wide, f'{_wide}, tied, overlap, gamma 0.5', 'HD-CNN, gamma 1'] # one or two changes at a time, all of the wide trunk's, and overlap where it may pay
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
 
 # %% ../nbs/80_experiments.ipynb #c8651415
