@@ -124,7 +124,7 @@ def _place(self:HierarchicalClassifier, nets, dls):
 
 @patch(as_prop=True)
 def networks(self:HierarchicalClassifier):
-    "Hierarchy classifier and experts, those that there are; of a nested one all of its own."
+    "Hierarchy classifier and experts, those that there are, of a nested one all of its own; of heads on a shared trunk, the heads alone."
     return [net for m in (self.router, *self.experts) if m is not None for net in (m.networks if isinstance(m, HierarchicalClassifier) else [m])]
 
 def price(
