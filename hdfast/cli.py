@@ -242,8 +242,8 @@ class _OneTrunk:
     recipe, max_size = 'one_cycle', 5 # of clusters, as on real images
     @property
     def spec(self):
-        from hdfast.trunk import TRUNKS, trunk_spec, wide_trunk
-        return wide_trunk(name=TRUNKS[self.trunk]) if self.trunk in TRUNKS else trunk_spec(self.trunk, router=(), tied=True)
+        from hdfast.trunk import normed_trunk
+        return normed_trunk(self.trunk)
     @property
     def networks(self):
         from hdfast.networks import network_spec
@@ -259,7 +259,7 @@ def _form(router, expert, trunk):
     "The form of the hierarchy that the options ask for; one trunk unless they name a router or an expert."
     apart = router or expert
     if trunk and apart: raise ValueError('--trunk shares one network between router and experts: leave --router and --expert out')
-    return _Apart(router or 'CNN_2', expert or 'CNN_3') if apart else _OneTrunk(trunk or 'wide')
+    return _Apart(router or 'CNN_2', expert or 'CNN_3') if apart else _OneTrunk(trunk or 'CNN_2')
 
 # %% ../nbs/90_cli.ipynb #adce79c3
 def _compare(model, dls, flat, out):
@@ -281,7 +281,7 @@ def decompose(
     recipe:str=None,      # how networks are trained: paper (SGD, 40 epochs) or one_cycle (Adam, 24 epochs) (default: one_cycle; with --router or --expert paper)
     epochs:int=None,      # passes over the training images, if not the recipe's
     flat:str='CNN_1',     # the flat network: CNN_1 to CNN_5, CNN_TL_1 to CNN_TL_5, or an MLP such as MLP_200_150
-    trunk:str=None,       # the network whose convolutions router and experts share (default: wide, which is made for it; slim is quicker, and lost a point or two on CIFAR-100)
+    trunk:str=None,       # the network whose convolutions router and experts share (default: CNN_2; wide and slim are made for it, and slim is quicker)
     router:str=None,      # in place of a trunk, as in the paper: a network of its own that picks a cluster (default if only --expert is given: CNN_2)
     expert:str=None,      # and networks of their own that decide within a cluster (default if only --router is given: CNN_3)
     seed:int=0,           # of everything random

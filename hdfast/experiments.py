@@ -376,6 +376,7 @@ _heads = ['linear experts', 'nothing but convolutions shared', 'private convolut
 _clusters = ['max_size 3', 'max_size 10', 'overlap, gamma 0.5', 're-estimated']
 _training = ['frozen trunk', 'warm trunk', 'distilled', 'drop', 'batch norm', 'wide trunk']
 _normed_alone = [f'{trunk}batch norm, {heads}' for trunk in ('', 'wide trunk, ') for heads in ('tied', 'one cluster')] # without dropout
+_normed_best = [*_normed_alone[:2], 'CNN_1, batch norm'] # and what CNN_1 gains by it
 _trials = ['shared trunk', *_heads, *_clusters, *_training, *_normed_alone, _wide, f'{_wide}, tied, overlap, gamma 0.5', 'HD-CNN, gamma 1'] # one or two changes at a time, all of the wide trunk's, and overlap where it may pay
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
 
@@ -398,6 +399,7 @@ def _trunks(dataset, how):
     cpu, paper = shared | dict(precision='bfloat16', flats=_cnns[:2]), shared | dict(flats=_cnns)
     yield _trunk(dataset, how, cpu=cpu | dict(runs=1, flats=_cnns, variants=_few + _balanced*(dataset == 'caltech101')), paper=paper | dict(runs=3, variants=['all']))
     yield _trunk(dataset, how, f'trunk_best_{dataset}_{how}', cpu=cpu | dict(runs=3, variants=_best), paper=paper | dict(runs=6, variants=_best))
+    yield _trunk(dataset, how, f'trunk_normed_{dataset}_{how}', cpu=cpu | dict(runs=3, variants=_normed_best), paper=paper | dict(runs=6, variants=_normed_best))
     yield _trunk(dataset, how, f'trunk_adaptive_{dataset}_{how}', cpu=cpu | dict(runs=1, variants=_paper), paper=paper | dict(runs=3, variants=_paper))
     yield _trunk(dataset, how, f'trunk_trial_{dataset}_{how}', cpu=cpu | dict(runs=1, variants=_trials), paper=paper | dict(runs=1, variants=['all']))
 

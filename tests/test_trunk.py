@@ -14,10 +14,10 @@ from hdfast import trunk
 from hdfast.clustering import ClassHierarchy, hierarchy_from_groups
 from hdfast.hierarchical import HierarchicalClassifier, combine
 from hdfast.learners import probabilities, recipe
-from hdfast.networks import Conv, NetworkSpec, Stage
+from hdfast.networks import Conv, NetworkSpec, Stage, network_spec
 from hdfast.memory import family_memory
-from hdfast.trunk import (SLIM, TRUNKS, WIDE, ClassLikelihood, FusedHeads, TrunkClassifier, TrunkSpec, features_shape, flat_network, multiplications, re_estimate,
-                          shared_trunk, trunk_spec, wide_trunk)
+from hdfast.trunk import (SLIM, TRUNKS, WIDE, ClassLikelihood, FusedHeads, TrunkClassifier, TrunkSpec, features_shape, flat_network, multiplications, normed_trunk, re_estimate,
+                          shared_trunk, trunk_spec)
 
 net_spec = NetworkSpec('little', [Stage([Conv(3, 8)]), Stage([Conv(3, 8)])])
 spec = trunk_spec(net_spec, shared=(), router=(8,), expert=(6,), dropout=0)
@@ -245,14 +245,15 @@ def test_predictions_with_folded_batch_normalisation_are_those_of_the_network(dl
     assert np.abs(model.predict_proba(dls[2], k=taxonomy.n_clusters) - own.cpu().numpy()).max() < 1e-5
 
 
-def test_the_wide_trunk_can_be_changed():
-    assert wide_trunk().trunk.stages == WIDE.stages and wide_trunk().batch_norm
-    assert wide_trunk(batch_norm=False, tied=False, expert=(8,)) == trunk_spec(WIDE, shared=(256,), router=(), expert=(8,), drop=.15)
+def test_the_normed_trunk_can_be_changed():
+    assert normed_trunk() == trunk_spec('CNN_2', router=(), batch_norm=True, tied=True) and TrunkClassifier(hierarchy_from_groups([0, 0, 1])).spec == normed_trunk()
+    assert normed_trunk(network_spec('CNN_1'), batch_norm=False, tied=False, expert=(8,)) == trunk_spec('CNN_1', router=(), expert=(8,))
+    assert normed_trunk('wide') == normed_trunk(WIDE) == trunk_spec(WIDE, shared=(256,), router=(), batch_norm=True, tied=True)
     assert TRUNKS == {'wide': WIDE, 'slim': SLIM}
 
 
 def test_the_slim_trunk_has_fewer_filters_on_the_large_map_and_the_same_elsewhere():
-    wide, slim = WIDE.stages, wide_trunk(name=SLIM).trunk.stages
+    wide, slim = WIDE.stages, normed_trunk('slim').trunk.stages
     assert slim[0].convs[0].filters < wide[0].convs[0].filters and slim[1:] == wide[1:]
     wide, slim = (multiplications(flat_network(spec, 10, (3, 32, 32)), torch.zeros(1, 3, 32, 32)) for spec in (WIDE, SLIM))
     assert wide - slim == 8*32*32*27 + 8*32*16*16*9 # its own, and those of the layer that reads them
