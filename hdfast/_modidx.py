@@ -607,6 +607,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'hdfast.runner.PageProcess.wait': ('runner.html#pageprocess.wait', 'hdfast/runner.py'),
                                'hdfast.runner.Runner': ('runner.html#runner', 'hdfast/runner.py'),
                                'hdfast.runner.Runner.__init__': ('runner.html#runner.__init__', 'hdfast/runner.py'),
+                               'hdfast.runner.Runner.attempt': ('runner.html#runner.attempt', 'hdfast/runner.py'),
                                'hdfast.runner.Runner.attend': ('runner.html#runner.attend', 'hdfast/runner.py'),
                                'hdfast.runner.Runner.chains': ('runner.html#runner.chains', 'hdfast/runner.py'),
                                'hdfast.runner.Runner.environment': ('runner.html#runner.environment', 'hdfast/runner.py'),

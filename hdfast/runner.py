@@ -215,10 +215,13 @@ def kill(self:PageProcess):
 class PageFailure(RuntimeError): "Why a page has no result."
 class NotRunHere(PageFailure): "Why a page has no result though nothing failed: its images are absent."
 
+_UNBORN = 'Kernel died before replying' # in what papermill says of a kernel that didn't start
+
 def _why(status, errors, copy, timeout):
     "A sentence on why a page failed, or None."
     if status is None: return f'not done after {timeout:.0f} s, and stopped (--timeout allows more)'
     if 'No space left on device' in errors and not (cell := _cell_error(copy)): return 'no space left on the device'
+    if _UNBORN in errors: return 'its kernel ended before the first cell'
     if 'DeadKernelError' in errors: return 'its kernel died; a common reason is too little memory'
     if cell := _cell_error(copy): return cell
     if status < 0: return f'papermill was ended by signal {-status}'
@@ -333,7 +336,7 @@ def execute(self:Runner, task:Task):
     made_with = _made_with(task, self.out, self.device)
     fresh = not copy.exists() and not _receipt(task, self.out).exists() # otherwise some of its networks are in the cache
     try:
-        why = _why(*self.attend(PageProcess(task, copy, self.environment)), copy, self.timeout)
+        why = _why(*self.attempt(task, copy), copy, self.timeout)
         if why: raise (NotRunHere if why.startswith(_ABSENT) else PageFailure)(why)
         _check_result(task, before)
     except PageFailure as e: raise PageFailure('stopped') if self.stopped else type(e)(f'{e}; see {copy}') from None
@@ -342,6 +345,14 @@ def execute(self:Runner, task:Task):
     receipt = made_with | dict(result=_digest(_written(task)))
     write_aside(_receipt(task, self.out), json.dumps(receipt, indent=1))
     if fresh: self.record(task, time.time() - start)
+
+@patch
+def attempt(self:Runner, task, copy, tries=3) -> tuple:
+    "Exit status and standard error of a page, started anew where its kernel ended before the first cell."
+    for _ in range(tries):
+        status, errors = self.attend(PageProcess(task, copy, self.environment))
+        if self.stopped or _UNBORN not in errors: break
+    return status, errors
 
 @patch
 def attend(self:Runner, process) -> tuple:

@@ -184,6 +184,23 @@ def test_a_fault_has_a_name(faults, name):
     assert FAULTS[name][1] in text and (out/'pages'/f'.{name}.part.ipynb').exists() and f'.{name}.part.ipynb' in text
 
 
+@pytest.mark.parametrize('bad, starts', [(2, 3), (9, 3)])
+def test_a_kernel_that_ends_before_the_first_cell_is_started_anew(pages, run, tmp_path, monkeypatch, bad, starts):
+    pages('page', SAVE)
+    count, spec, own = tmp_path/'count', tmp_path/'jupyter'/'kernels'/'python3'/'kernel.json', tmp_path/'kernel.py'
+    own.write_text(f"""import os, sys
+with open({str(count)!r}, 'a') as f: f.write('x')
+if os.stat({str(count)!r}).st_size <= {bad}: sys.exit('Address already in use')
+os.execv(sys.executable, [sys.executable, '-m', 'ipykernel_launcher', *sys.argv[1:]])""")
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps(dict(argv=[sys.executable, str(own), '-f', '{connection_file}'], display_name='', language='python')))
+    monkeypatch.setenv('JUPYTER_PATH', str(tmp_path/'jupyter'))
+    found = run()
+    assert count.stat().st_size == starts
+    if bad < starts: assert found['page']['name'] == 'page'
+    else: assert 'its kernel ended before the first cell' in why(found, 'page')
+
+
 def test_all_faulty_pages_were_tried(faults): assert list(faults[0]) == list(FAULTS)
 
 
@@ -448,7 +465,7 @@ def test_the_others_wait_for_the_first_overlap_factor(pages, tmp_path, lines, fa
     runner.EXPERIMENTS['page'] = replace(e, profiles={'cpu': {}}, split=by_gamma)
     found = reproduce('cpu', None, tmp_path/'out', device='cpu', jobs=2, say=lines.append)
     said = [line for line in lines if '|' in line]
-    assert sorted(said) == sorted(done) and said[:1] == done[:1]
+    assert sorted(said) == sorted(done) and said[:1] == done[:1], '\n'.join(lines)
     if needed: assert why(found, 'page') == f'blocked: it needs {needed}'
 
 
