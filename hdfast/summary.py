@@ -51,7 +51,7 @@ ITEMS = [
       (14, 'memory of CNN_TL_1 by layer'), (15, 'memory of CNN_TL_3 by layer'), (16, 'memory of CNN_TL_5 by layer'))]]
 
 # %% ../nbs/82_summary.ipynb #82b0e002
-_ALL_TRUNKS = ('trunk', 'trunk_best', 'trunk_adaptive', 'trunk_trial')
+_ALL_TRUNKS = ('trunk', 'trunk_best', 'trunk_normed', 'trunk_adaptive', 'trunk_trial')
 
 def _trunks(images, which=_ALL_TRUNKS): return tuple(f'{w}_{i}_{how}' for w in which for i in images for how in ('one_cycle', 'paper'))
 

@@ -335,6 +335,7 @@ def whole(self:Candidate,
     device = net.head.out.weight.device
     joined.body.load_state_dict({k: v.to(device, copy=True) for k, v in self.backbone.weights.items()}, assign=True)
     joined.head.load_state_dict(trained, assign=True)
+    joined.training_seconds = getattr(net, 'training_seconds', np.nan)
     return joined.requires_grad_().to(memory_format=torch.channels_last).eval()
 
 # %% ../nbs/65_transfer.ipynb #65a00044
