@@ -198,6 +198,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'hdfast.experiments._git': ('experiments.html#_git', 'hdfast/experiments.py'),
                                     'hdfast.experiments._hierarchy': ('experiments.html#_hierarchy', 'hdfast/experiments.py'),
                                     'hdfast.experiments._imagenet': ('experiments.html#_imagenet', 'hdfast/experiments.py'),
+                                    'hdfast.experiments._pair': ('experiments.html#_pair', 'hdfast/experiments.py'),
                                     'hdfast.experiments._pretrain': ('experiments.html#_pretrain', 'hdfast/experiments.py'),
                                     'hdfast.experiments._selection': ('experiments.html#_selection', 'hdfast/experiments.py'),
                                     'hdfast.experiments._synthetic': ('experiments.html#_synthetic', 'hdfast/experiments.py'),

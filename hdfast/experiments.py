@@ -364,21 +364,20 @@ EXPERIMENTS = {e.name: e for e in [
                {'smoke': dict(repeats=1, sizes=[1000], alone_sizes=[2000, 5000], whole=2000), 'cpu': {}, 'paper': dict(more_sizes=[20_000], alone_sizes=[10_000, 50_000, 200_000, 1_000_000])}, alone=True)]}
 
 # %% ../nbs/80_experiments.ipynb #c8651414
-_wide = 'wide trunk, batch norm, drop'
-_best = [f'{_wide}, tied', f'{_wide}, one cluster']
-_slim = [name.replace('wide', 'slim') for name in _best]
-_twins = [*(f'{name}, other seed' for name in _best), f'{_wide}, tied, max_size 10'] # for ensembles
-_normed = ['CNN_1, batch norm, drop'] # what CNN_1 gains from the wide trunk's other changes
-_balanced = [f'{name}, balanced' for name in _best] # where classes differ in size
 _paper = ["the paper's hierarchy", "the paper's hierarchy, adaptive"]
-_few = [_paper[0], 'shared trunk, tied', *_best, *_slim, 'HD-CNN', f'{_wide}, HD-CNN', *_normed, *_twins]
+def _pair(trunk): return [f'{trunk}, tied', f'{trunk}, one cluster'] # a hierarchy and its flat control
+_normed, _slim, _wide, _dropped = (_pair(f'{trunk}batch norm{drop}') for trunk, drop in (('', ''), ('slim trunk, ', ''), ('wide trunk, ', ''), ('wide trunk, ', ', drop')))
+_repeated = [*_normed, 'CNN_1, batch norm']                            # and what CNN_1 gains by it
+_twins = [*(f'{name}, other seed' for name in _normed), f'{_normed[0]}, max_size 10'] # for averages
+_balanced = [f'{name}, balanced' for name in _normed]                  # where classes differ in size
+_few = [_paper[0], 'shared trunk, tied', *_repeated, *_slim, 'HD-CNN', 'batch norm, HD-CNN', *_twins]
 _heads = ['linear experts', 'nothing but convolutions shared', 'private convolutions', 'pace sqrt n']
 _clusters = ['max_size 3', 'max_size 10', 'overlap, gamma 0.5', 're-estimated']
 _training = ['frozen trunk', 'warm trunk', 'distilled', 'drop', 'batch norm', 'wide trunk']
-_normed_alone = [f'{trunk}batch norm, {heads}' for trunk in ('', 'wide trunk, ') for heads in ('tied', 'one cluster')] # without dropout
-_normed_best = [*_normed_alone[:2], 'CNN_1, batch norm'] # and what CNN_1 gains by it
-_trials = ['shared trunk', *_heads, *_clusters, *_training, *_normed_alone, _wide, f'{_wide}, tied, overlap, gamma 0.5', 'HD-CNN, gamma 1'] # one or two changes at a time, all of the wide trunk's, and overlap where it may pay
+_dropped_too = ['wide trunk, batch norm, drop', f'{_dropped[0]}, overlap, gamma 0.5']
+_trials = ['shared trunk', *_heads, *_clusters, *_training, *_normed, *_wide, *_dropped_too, 'HD-CNN, gamma 1'] # one or two changes at a time, and what the wide trunk does with dropout
 _cnns = [f'CNN_{i}' for i in range(1, 6)]
+
 
 # %% ../nbs/80_experiments.ipynb #c8651415
 def by_variant(parameters):
@@ -398,8 +397,8 @@ def _trunks(dataset, how):
     shared = dict(epochs=RECIPES[how].epochs, max_size=5)
     cpu, paper = shared | dict(precision='bfloat16', flats=_cnns[:2]), shared | dict(flats=_cnns)
     yield _trunk(dataset, how, cpu=cpu | dict(runs=1, flats=_cnns, variants=_few + _balanced*(dataset == 'caltech101')), paper=paper | dict(runs=3, variants=['all']))
-    yield _trunk(dataset, how, f'trunk_best_{dataset}_{how}', cpu=cpu | dict(runs=3, variants=_best), paper=paper | dict(runs=6, variants=_best))
-    yield _trunk(dataset, how, f'trunk_normed_{dataset}_{how}', cpu=cpu | dict(runs=3, variants=_normed_best), paper=paper | dict(runs=6, variants=_normed_best))
+    yield _trunk(dataset, how, f'trunk_best_{dataset}_{how}', cpu=cpu | dict(runs=3, variants=_dropped), paper=paper | dict(runs=6, variants=_dropped))
+    yield _trunk(dataset, how, f'trunk_normed_{dataset}_{how}', cpu=cpu | dict(runs=3, variants=_repeated), paper=paper | dict(runs=6, variants=_repeated))
     yield _trunk(dataset, how, f'trunk_adaptive_{dataset}_{how}', cpu=cpu | dict(runs=1, variants=_paper), paper=paper | dict(runs=3, variants=_paper))
     yield _trunk(dataset, how, f'trunk_trial_{dataset}_{how}', cpu=cpu | dict(runs=1, variants=_trials), paper=paper | dict(runs=1, variants=['all']))
 
@@ -416,7 +415,7 @@ def _trust(dataset, how='one_cycle', name=None, **profiles):
 def _trusts(dataset):
     "The experiments on trust on real images: the paper's hierarchy too, and what `trunk_best` and `trunk_normed` compare."
     as_trunks = lambda how, variants: dict(epochs=RECIPES[how].epochs, max_size=5, variants=variants, wished=.8)
-    all_kinds, best, normed = as_trunks('one_cycle', [_paper[0], *_best]), as_trunks('paper', _best), as_trunks('one_cycle', _normed_alone[:2])
+    all_kinds, best, normed = as_trunks('one_cycle', [_paper[0], *_normed]), as_trunks('paper', _dropped), as_trunks('one_cycle', _normed)
     yield _trust(dataset, cpu=all_kinds | dict(runs=1, precision='bfloat16'), paper=all_kinds | dict(runs=3))
     yield _trust(dataset, 'paper', f'trust_best_{dataset}_paper', cpu=best | dict(runs=3, precision='bfloat16'), paper=best | dict(runs=6))
     yield _trust(dataset, name=f'trust_normed_{dataset}_one_cycle', cpu=normed | dict(runs=3, precision='bfloat16'), paper=normed | dict(runs=6))
