@@ -378,13 +378,11 @@ def cluster_recursively(
     gamma:float=None, # overlap factor of every level
     classes=None,     # K class names
 ) -> ClassHierarchy:
-    "Cluster the classes, then the classes of each cluster larger than the next `max_sizes` entry, to any depth."
+    "Cluster the classes, then those of each cluster by the first of the further `max_sizes` that it exceeds, to any depth."
     if not len(max_sizes) or any(b >= a for a, b in zip(max_sizes, max_sizes[1:])):
         raise ValueError(f"max_sizes must hold a theta for each level, decreasing from the top, not {max_sizes}")
     h = cluster_classes(C, max_sizes[0], gamma, classes)
-    if len(max_sizes) == 1: return h
     for q, members in enumerate(h.clusters):
-        if len(members) > max_sizes[1]:
-            names = [h.classes[i] for i in members]
-            h = h.refine(q, cluster_recursively(sub_confusion(C, members), max_sizes[1:], gamma, names))
+        smaller = [size for size in max_sizes[1:] if size < len(members)]
+        if smaller: h = h.refine(q, cluster_recursively(sub_confusion(C, members), smaller, gamma, [h.classes[i] for i in members]))
     return h

@@ -159,7 +159,7 @@ def finished(
     out,         # folder of the command
     device:str,  # such as 'cpu' or 'cuda'
 ) -> bool:
-    "Whether the result is there, as it was written, and was made by the same code from the same with the same parameters on such a device."
+    "Whether the result is there, as it was written, and was made by the same code, from the same results, with the same parameters, on such a device."
     try: receipt = json.loads(_receipt(task, out).read_text(encoding='utf-8'))
     except (OSError, ValueError): return False
     return receipt == _made_with(task, out, device) | dict(result=_digest(_written(task)))

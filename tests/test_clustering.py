@@ -414,12 +414,13 @@ def test_confusion_within_a_cluster_is_what_is_left_when_nothing_else_can_be_pre
 
 @settings(max_examples=25)
 @given(confusions, st.lists(st.integers(1, 10), min_size=1, max_size=4, unique=True).map(lambda x: sorted(x, reverse=True)), st.sampled_from([None, 3, math.inf]))
-def test_recursion_refines_every_cluster_above_the_next_limit_by_its_own_confusion(C, max_sizes, gamma):
+def test_recursion_refines_every_cluster_above_a_further_limit_by_its_own_confusion(C, max_sizes, gamma):
     def check(h, C, limits):
         assert h == replace(cluster_classes(C, limits[0], gamma, h.classes), children=h.children)
         for members, child in zip(h.clusters, h.children, strict=True):
-            assert (child is not None) == (len(limits) > 1 and len(members) > limits[1])
-            if child is not None: check(child, sub_confusion(C, members), limits[1:])
+            smaller = [size for size in limits[1:] if size < len(members)]
+            assert (child is not None) == bool(smaller)
+            if child is not None: check(child, sub_confusion(C, members), smaller)
     check(cluster_recursively(C, max_sizes, gamma), C, max_sizes)
 
 
