@@ -348,10 +348,11 @@ def _load(folder):
 # %% ../nbs/90_cli.ipynb #0633d0e8
 def _files(paths):
     "The files that `paths` name: files as they are, folders by all visible files below them."
+    from hdfast.datasets import is_hidden
     for path in map(Path, paths):
         if not path.is_dir(): yield path
         else:
-            hidden = lambda f: any(p.startswith('.') for p in f.relative_to(path).parts)
+            hidden = lambda f: any(map(is_hidden, f.relative_to(path).parts))
             visible = [f for f in sorted(path.rglob('*')) if f.is_file() and not hidden(f)]
             if not visible: raise ValueError(f'{path} holds no images')
             yield from visible
@@ -487,11 +488,18 @@ def _run(name, rest):
     return COMMANDS[name](**args)
 
 # %% ../nbs/90_cli.ipynb #2372b541
+_FONT = "the font of the dendrogram lacks characters of some class names"
+
 def _own_warnings():
-    "Hide warnings, but for those of hdfast, which become one line each; undone when the surrounding `catch_warnings` ends."
+    "Hide warnings, but for those of hdfast, which become one line each, however often they come; undone when the surrounding `catch_warnings` ends."
     warnings.simplefilter('ignore')
     warnings.filterwarnings('always', category=UserWarning, module=r'hdfast\.')
-    warnings.showwarning = lambda message, *args, **kwargs: _say_error(message)
+    said = set()
+    def show(message, *args, **kwargs):
+        text = _FONT if 'missing from font' in str(message) else str(message)
+        if text not in said: _say_error(text)
+        said.add(text)
+    warnings.showwarning = show
 
 # %% ../nbs/90_cli.ipynb #81810be7
 def main(
@@ -499,6 +507,8 @@ def main(
 ) -> int: # exit status
     "The command `hdfast`."
     argv = list(sys.argv[1:] if argv is None else map(str, argv))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace') # names of files and classes may have what it can't show
     if not argv or argv[0] in ('-h', '--help', 'help'): return print(_help()) or 0
     if argv[0] == '--version': return print(f'hdfast {__version__}') or 0
     try:

@@ -8,7 +8,8 @@ __all__ = ['palette', 'cut_by_size', 'max_size_for', 'overlap_clusters', 'ClassH
            'cluster_recursively']
 
 # %% ../nbs/20_clustering.ipynb #80e4c97b
-import json
+import json, sys
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import index
 import numpy as np
@@ -236,6 +237,14 @@ def colours(self:ClassHierarchy) -> tuple:
     return tuple(palette[order.index(q) % len(palette)] for q in range(self.n_clusters))
 
 # %% ../nbs/20_clustering.ipynb #45f91884
+@contextmanager
+def _recursion(depth):
+    "Let functions call themselves this often."
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, depth))
+    try: yield
+    finally: sys.setrecursionlimit(before)
+
 @patch
 def plot(self:ClassHierarchy,
     ax=None,       # matplotlib axes; by default a new figure, tall enough for every name to be read
@@ -247,8 +256,8 @@ def plot(self:ClassHierarchy,
     leaves = leaves_list(self.linkage)
     colour = dict(enumerate(self.colours)) | {-1: '#999999'}
     names = [c.replace('$', r'\$') for c in self.classes] # two dollars would begin a formula
-    dendrogram(self.linkage, orientation='left', labels=names, ax=ax, leaf_font_size=8,
-               link_color_func=lambda i: colour[of[i]])
+    with _recursion(4*self.n_classes + 1000): # SciPy calls itself for every level of the tree
+        dendrogram(self.linkage, orientation='left', labels=names, ax=ax, leaf_font_size=8, link_color_func=lambda i: colour[of[i]])
     for label, c in zip(ax.get_yticklabels(), leaves): label.set_color(colour[of[c]])
     ax.set(xlabel='distance $D$ at which classes meet', xlim=(1.02*self.linkage[:, 2].max(), .98*self.linkage[0, 2]))
     ax.spines[['top', 'right', 'left']].set_visible(False)

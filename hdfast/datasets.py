@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAIN', 'HELD_OUT', 'TEST', 'SPLITS', 'IMAGE_SETS', 'ImageSet', 'hold_out', 'stratified_split', 'fold',
-           'cross_validation', 'synthetic', 'cache_dir', 'decode_image', 'atomically', 'decode', 'image_folder',
-           'ImagesAbsent', 'cifar100', 'caltech101', 'caltech256', 'imagenet', 'imagenet100', 'imagenet200',
-           'image_set']
+           'cross_validation', 'synthetic', 'cache_dir', 'decode_image', 'atomically', 'decode', 'read_images',
+           'is_hidden', 'image_folder', 'ImagesAbsent', 'cifar100', 'caltech101', 'caltech256', 'imagenet',
+           'imagenet100', 'imagenet200', 'image_set']
 
 # %% ../nbs/00_datasets.ipynb #75114667
 import json, os, tempfile, warnings, zlib
@@ -330,13 +330,19 @@ def decode_image(
     with Image.open(file) as im:
         im.draft('RGB', (size, size))
         ImageOps.exif_transpose(im, in_place=True)
-        im = _eight_bits(im).convert('RGB').resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        im = _opaque(_eight_bits(im)).resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
     return np.asarray(im).transpose(2, 0, 1)
 
 def _eight_bits(im):
     "A picture with 8 bits a channel."
     if im.mode in ('I', 'F'): raise ValueError('it has 32 bits a pixel: convert it to 8 bits a channel first')
     return Image.fromarray((np.asarray(im) >> 8).astype(np.uint8)) if im.mode.startswith('I;16') else im
+
+def _opaque(im):
+    "A picture as RGB, on white where it is transparent."
+    if not im.has_transparency_data: return im.convert('RGB')
+    im = im.convert('RGBA')
+    return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
 
 # %% ../nbs/00_datasets.ipynb #f4c0fd21
 def _decode_block(files, size):
@@ -354,7 +360,7 @@ def _decode_block(files, size):
 def _cache_key(files, size):
     "Hash of the files' relative names, sizes and times, and of the target size"
     root = len(os.path.dirname(os.path.commonprefix([os.path.join(os.path.dirname(f), '') for f in files])))
-    h = blake2b(f'hdfast 2 {size}'.encode(), digest_size=12)
+    h = blake2b(f'hdfast 3 {size}'.encode(), digest_size=12)
     for f in files:
         st = os.stat(f)
         h.update(os.fsencode(f'{f[root:]}\0{st.st_size}\0{st.st_mtime_ns}\0{st.st_ctime_ns}\n'))
@@ -404,6 +410,16 @@ def _decode_all(files, size, npy, state, block=256):
     os.replace(part, npy)
 
 # %% ../nbs/00_datasets.ipynb #50933131
+def _try_again(files, size, npy, state):
+    "Decode once more what was corrupt when the cache was written: a plugin or a setting may have made it readable"
+    was = json.loads(state.read_text())
+    block, bad = _decode_block([files[i] for i in was['corrupt']], size)
+    if len(bad) == len(was['corrupt']): return
+    images = np.load(npy, mmap_mode='r+')
+    images[was['corrupt']] = block
+    images.flush()
+    with atomically(state) as aside: aside.write_text(json.dumps(was | dict(corrupt=[was['corrupt'][i] for i in bad])))
+
 def _cached(files, size, cache):
     "Images of `files` from the cache, decoded now if they aren't there, and positions of the corrupt ones"
     folder = Path(cache or cache_dir()).expanduser()
@@ -411,8 +427,9 @@ def _cached(files, size, cache):
     stem = f'images-{size}px-{_cache_key(files, size)}'
     npy, state = folder/f'{stem}.npy', folder/f'{stem}.json'
     with FileLock(folder/f'{stem}.lock'):
-        if not (npy.exists() and state.exists()): _decode_all(files, size, npy, state)
-    return np.load(npy), json.loads(state.read_text())['corrupt']
+        if npy.exists() and state.exists(): _try_again(files, size, npy, state)
+        else: _decode_all(files, size, npy, state)
+        return np.load(npy), json.loads(state.read_text())['corrupt']
 
 # %% ../nbs/00_datasets.ipynb #b38fea01
 def _reason(file, size):
@@ -420,18 +437,26 @@ def _reason(file, size):
     try: decode_image(file, size)
     except Exception as e: return str(e)
 
+def _unreadable(files, corrupt, size, help=''):
+    "What to say of files that can't be decoded."
+    return (f'{len(corrupt)} of {len(files)} files are no readable images{help}: '
+            f'{_some(files[i] for i in corrupt)}; the first: {_reason(files[corrupt[0]], size)}')
+
+def _paths(files): return [os.path.abspath(f) for f in ([files] if isinstance(files, (str, os.PathLike)) else files)]
+
+def _check_decodable(files, size):
+    "Refuse a size that no image can have, and no files at all."
+    if size < 1: raise ValueError(f'images need at least one pixel a side, not {size}')
+    if not files: raise ValueError('no files to decode')
+
 def _decode_kept(files, size, skip_corrupt=False, cache=None):
     "Images of the files that can be decoded, uint8 (n, 3, size, size), and the positions of those files, int64 (n,)"
-    if size < 1: raise ValueError(f'images need at least one pixel a side, not {size}')
-    files = [os.path.abspath(f) for f in ([files] if isinstance(files, (str, os.PathLike)) else files)]
-    if not files: raise ValueError('no files to decode')
+    files = _paths(files)
+    _check_decodable(files, size)
     images, corrupt = _cached(files, size, cache)
     if not corrupt: return torch.from_numpy(images), np.arange(len(files))
-    paths = _some(files[i] for i in corrupt)
-    if not skip_corrupt:
-        raise ValueError(f'{len(corrupt)} of {len(files)} files are no readable images '
-                         f'(skip_corrupt=True leaves them out): {paths}; the first: {_reason(files[corrupt[0]], size)}')
-    warnings.warn(f'left out {len(corrupt)} of {len(files)} files that are no readable images: {paths}')
+    if not skip_corrupt: raise ValueError(_unreadable(files, corrupt, size, ' (skip_corrupt=True leaves them out)'))
+    warnings.warn(f'left out {len(corrupt)} of {len(files)} files that are no readable images: {_some(files[i] for i in corrupt)}')
     kept = np.setdiff1d(np.arange(len(files)), corrupt)
     return torch.from_numpy(images[kept]), kept
 
@@ -445,10 +470,27 @@ def decode(
     "Images of `files`, decoded once into the cache and then loaded from there; ValueError names corrupt files."
     return _decode_kept(files, size, skip_corrupt, cache)[0]
 
+def read_images(
+    files, # paths of N images, or the path of one
+    size:int # side in pixels; pictures are squashed to a square
+) -> torch.Tensor: # uint8 (N, 3, size, size)
+    "Images of `files`, decoded now and kept nowhere, for a few that are asked about once; ValueError names corrupt files."
+    files = _paths(files)
+    _check_decodable(files, size)
+    images, corrupt = _decode_block(files, size)
+    if corrupt: raise ValueError(_unreadable(files, corrupt, size))
+    return torch.from_numpy(images)
+
 # %% ../nbs/00_datasets.ipynb #02b2f03d
+def is_hidden(
+    name:str # of a file or folder, without its path
+) -> bool:
+    "Whether a file or folder is none of the user's: hidden, or left by a file manager."
+    return name.startswith('.') or name in ('Thumbs.db', 'desktop.ini')
+
 def _entries(folder):
     "Visible subfolders and files of `folder`, sorted"
-    with os.scandir(folder) as entries: visible = [e for e in entries if not (e.name.startswith('.') or e.name in ('Thumbs.db', 'desktop.ini'))]
+    with os.scandir(folder) as entries: visible = [e for e in entries if not is_hidden(e.name)]
     visible.sort(key=lambda e: e.name)
     return [e.path for e in visible if e.is_dir()], [e.path for e in visible if not e.is_dir()]
 

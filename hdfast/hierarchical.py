@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from . import __version__
 from .clustering import ClassHierarchy, cluster_into
-from .families import Job, bar_over, fit_network, fit_networks
+from .families import Job, bar_over, fit_network, fit_networks, plain_number
 from .inference import predict_in_batches
 from .learners import ImageDL, Normalization, Recipe, build_network, check_classes, class_view, cluster_view
 from .learners import held_out_confusion, input_shape, is_shuffled, recipe
@@ -276,7 +276,7 @@ def evaluate(self:HierarchicalClassifier,
     rows, (p, ask) = torch.arange(n), self._opinions(n, take)
     asked = [ask(i, rows) for i in range(h.n_clusters)]
     follow = lambda p, **kwargs: self._combine(p, lambda i, rows: asked[i][rows], **kwargs).numpy()
-    flat_probs = None if flat is None else self._run(flat, take, rows).numpy()
+    flat_probs = None if flat is None else self._flat_probabilities(flat, dl, take, rows)
     table = {} if flat is None else {'flat net': class_scores(flat_probs, y)}
     for way, p_, k, duplicates in _ways(p, flat_probs, y, h):
         probs = follow(p_, k=k, duplicates=duplicates)
@@ -293,6 +293,14 @@ def _labelled(self:HierarchicalClassifier, dl):
     if not n: raise ValueError("the loader has no images, so there is nothing to evaluate")
     check_classes(dl, self.hierarchy)
     return n, take, y.numpy()
+
+@patch
+def _flat_probabilities(self:HierarchicalClassifier, flat, dl, take, rows):
+    "What a flat network says about all rows, which it gets normalised as its loader does it: `take` is the classifier's own way."
+    if isinstance(dl, ImageDL) and dl.normalize != self.normalize:
+        images, rows_of, _ = _raw(dl)
+        take = lambda r: dl.inputs(images.index_select(0, rows_of[r])).to(self.device)
+    return self._run(flat, take, rows).numpy()
 
 # %% ../nbs/50_hierarchical.ipynb #34a645c1
 def _ways(p, flat_probs, y, h):
@@ -406,7 +414,7 @@ def save(self:HierarchicalClassifier,
     about = dict(format=self._format, versions=versions, provenance=provenance) | self._config()
     with _aside(folder) as part:
         save_file(self._state(), part/'model.safetensors')
-        (part/'classifier.json').write_text(json.dumps(about, indent=1, ensure_ascii=False, default=int), encoding='utf-8')
+        (part/'classifier.json').write_text(json.dumps(about, indent=1, ensure_ascii=False, default=plain_number), encoding='utf-8')
     return folder
 
 # %% ../nbs/50_hierarchical.ipynb #516364fc

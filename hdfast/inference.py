@@ -27,17 +27,19 @@ def _halve(x):
 
 # %% ../nbs/37_inference.ipynb #3a7e0116
 def _layers(net):
-    "The layers of a Sequential, and of those within it, in order."
-    for m in net.children():
+    "The layers of a Sequential, and of those within it, in order; one that is used twice comes twice."
+    for m in net._modules.values():
         if type(m) is nn.Sequential: yield from _layers(m)
         else: yield m
+
+def _hooked(net): return any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 def forward(
     net,   # a network in eval mode
     x,     # its inputs
 ):         # what `net(x)` gives, to the bit
     "Outputs of a network; if it is a Sequential, with each ReLU in place and after the max-pool that follows it."
-    if type(net) is not nn.Sequential: return net(x)
+    if type(net) is not nn.Sequential or _hooked(net): return net(x)
     waits = own = False # is there a ReLU to be done, and may it overwrite x?
     for m in _layers(net):
         if isinstance(m, nn.ReLU): waits = True; continue

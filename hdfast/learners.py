@@ -444,7 +444,7 @@ def probabilities(
     dl,                 # a loader that isn't shuffled
 ) -> tuple:             # probabilities (N, K) and targets (N,), numpy
     "Softmax outputs of `net` for every sample of `dl`, and the targets."
-    if is_shuffled(dl): raise ValueError("the loader is shuffled: use dls.valid or dls[2], or dls.train.new(shuffle=False)")
+    if is_shuffled(dl): raise ValueError("the loader is shuffled: use dls.valid or dls[2], or for other images dls.test_dl(items, with_labels=True)")
     with evaluating(net): out = [(net(x).softmax(1).cpu(), torch.as_tensor(y).cpu()) for x, y in dl]
     return tuple(torch.cat(o).numpy() for o in zip(*out))
 

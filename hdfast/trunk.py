@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 from .clustering import ClassHierarchy, check_one_level, cluster_classes
-from .families import Job, code_version, feature_dataloaders, network_key, read_weights, save_weights, timed, train
+from .families import Job, code_version, feature_dataloaders, network_key, plain_number, read_weights, save_weights, timed, train
 from .hierarchical import HierarchicalClassifier
 from .inference import predict_in_batches
 from .learners import Normalization, Recipe, check_classes, class_counts, held_out_confusion, input_shape, probabilities
@@ -456,7 +456,7 @@ def _key(self:TrunkClassifier, dls, nets, how):
     "A name for what this training gives: a hash of data, hierarchy, spec, recipe, seed and the weights of other networks."
     settings = [self._format, code_version('trunk'), _code_of(type(self)), network_key(Job(dls, self.spec.trunk, self.seed), self.recipe), self.spec.to_dict(),
                 self.hierarchy.to_json(), how]
-    key = hashlib.sha256(json.dumps(settings, default=int).encode())
+    key = hashlib.sha256(json.dumps(settings, default=plain_number).encode())
     for v in (v for net in nets for v in net.state_dict().values()): key.update(v.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return key.hexdigest()[:20]
 

@@ -1,5 +1,5 @@
 "The command line: what a shell sees of `hdfast`, in this process where possible, and in processes of its own for start-up and kill -9."
-import json, shutil, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time, warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -270,6 +270,35 @@ def test_predict_passes_hidden_files(family, image_folder, tmp_path, capsys):
     (tmp_path/'x'/'.thumbs').mkdir(parents=True)
     for name in ('.hidden.png', '.thumbs/1.png', 'seen.png'): shutil.copy(next((image_folder/'amber-1').iterdir()), tmp_path/'x'/name)
     assert [r['path'] for r in predicted(capsys, family, tmp_path/'x')] == [str(tmp_path/'x'/'seen.png')]
+
+
+def test_predict_passes_what_file_managers_leave(family, image_folder, tmp_path, capsys):
+    (tmp_path/'x').mkdir()
+    for name in ('Thumbs.db', 'desktop.ini'): (tmp_path/'x'/name).write_text('none of ours')
+    shutil.copy(next((image_folder/'amber-1').iterdir()), tmp_path/'x'/'seen.png')
+    assert [r['path'] for r in predicted(capsys, family, tmp_path/'x')] == [str(tmp_path/'x'/'seen.png')]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems have no such file names')
+def test_a_name_that_cannot_be_printed_stops_nothing(family, image_folder, tmp_path):
+    for name in (b'1.png', b'2_caf\xe9.png', b'3.png'): shutil.copy(next((image_folder/'amber-1').iterdir()), os.path.join(os.fsencode(tmp_path), name))
+    run = shell('predict', family, tmp_path, env=os.environ | {'PYTHONIOENCODING': 'utf-8:strict'})
+    out, err = run.communicate()
+    assert run.returncode == 0 and len(out.splitlines()) == 3 and r'caf\udce9' in out, err
+
+
+def test_a_terminal_without_our_characters_stops_nothing(image_folder, tmp_path):
+    run = shell('decompose', image_folder, '--out', tmp_path/'out', *SHORT, env=os.environ | {'PYTHONIOENCODING': 'cp1252'})
+    out, err = run.communicate()
+    assert run.returncode == 0 and (tmp_path/'out'/'model').is_dir() and r'\u251c\u2500' in out, err
+
+
+def test_a_warning_is_said_once_and_characters_that_a_font_lacks_in_one_line(capsys):
+    with warnings.catch_warnings():
+        cli._own_warnings()
+        for text in ('few images', 'Glyph 29483 missing from font(s) DejaVu Sans.', 'few images', 'Glyph 9 missing from font(s) DejaVu Sans.'):
+            warnings.showwarning(UserWarning(text), UserWarning, 'a.py', 1)
+    assert capsys.readouterr().err.splitlines() == ['hdfast: few images', 'hdfast: the font of the dendrogram lacks characters of some class names']
 
 
 # ---- bad input

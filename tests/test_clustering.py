@@ -1,6 +1,7 @@
 "Algorithm 1 and `ClassHierarchy`: what holds for every confusion matrix, ties and extremes included."
 import json
 import math
+import sys
 from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
@@ -422,6 +423,15 @@ def test_recursion_refines_every_cluster_above_a_further_limit_by_its_own_confus
             assert (child is not None) == bool(smaller)
             if child is not None: check(child, sub_confusion(C, members), smaller)
     check(cluster_recursively(C, max_sizes, gamma), C, max_sizes)
+
+
+def test_a_tree_as_deep_as_there_are_classes_is_drawn():
+    n, limit = 1500, sys.getrecursionlimit()
+    chain = np.array([[n + i - 1 if i else 0, i + 1, 1 + i, 2 + i] for i in range(n - 1)], float)
+    h = replace(hierarchy_from_groups([0]*n), linkage=chain)
+    ax = h.plot(plt.figure().add_subplot())
+    assert len(ax.get_yticklabels()) == n and sys.getrecursionlimit() == limit
+    plt.close(ax.figure)
 
 
 @settings(max_examples=25)

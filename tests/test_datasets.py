@@ -12,7 +12,7 @@ from PIL import Image
 from fastai.data.external import fastai_path
 from hdfast import datasets
 from hdfast.datasets import (HELD_OUT, IMAGE_SETS, TEST, TRAIN, ImagesAbsent, ImageSet, caltech101, caltech256, cifar100, cross_validation, decode,
-                             decode_image, fold, hold_out, image_folder, image_set, imagenet, imagenet100, stratified_split, synthetic)
+                             decode_image, fold, hold_out, image_folder, image_set, imagenet, imagenet100, read_images, stratified_split, synthetic)
 
 FASTAI_DATA = fastai_path('data')
 
@@ -218,6 +218,24 @@ def test_decode_takes_any_colour_mode(tmp_path, mode):
     assert decode([f], 4).shape == (1, 3, 4, 4)
 
 
+@pytest.mark.parametrize('mode', ['LA', 'P', 'RGBA'])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    drawing = Image.new('RGBA', (8, 8), (0, 0, 0, 0)) # the colour below is black, as of most drawings
+    drawing.paste((0, 0, 0, 255), (0, 0, 4, 8))
+    drawing.convert(mode).save(tmp_path/'a.png')
+    assert (decode_image(tmp_path/'a.png', 8)[:, :, :3] == 0).all() and (decode_image(tmp_path/'a.png', 8)[:, :, 5:] == 255).all()
+
+
+def test_images_are_read_without_a_cache(tmp_path, cache):
+    files = write_images(tmp_path/'a', 3)
+    assert torch.equal(read_images(files, 16), decode(files, 16, cache=tmp_path/'other')) and read_images(files[0], 8).shape == (1, 3, 8, 8)
+    files[1].write_bytes(b'no')
+    with pytest.raises(ValueError, match=r'1 of 3 files are no readable images: .*0001\.png; the first: cannot identify') as e: read_images(files, 16)
+    assert 'skip_corrupt' not in str(e.value) and not cache.exists()
+    with pytest.raises(ValueError, match='no files'): read_images([], 8)
+    with pytest.raises(FileNotFoundError): read_images(tmp_path/'gone.png', 8)
+
+
 def test_second_call_reads_the_cache(tmp_path, cache, monkeypatch):
     files = write_images(tmp_path/'a', 5)
     first = decode(files, 16)
@@ -285,6 +303,17 @@ def test_repaired_file_is_read(tmp_path):
     with pytest.raises(ValueError): decode(files, 16)
     for i in bad: Image.new('RGB', (16, 16), 'white').save(files[i])
     assert (decode(files, 16)[bad] == 255).all()
+
+
+def test_what_becomes_readable_is_read(tmp_path, cache, monkeypatch):
+    files, bad = spoil(tmp_path)
+    with pytest.raises(ValueError, match='3 of 10'): decode(files, 16)
+    with monkeypatch.context() as m:
+        m.setattr(datasets, 'decode_image', lambda f, size: np.full((3, size, size), 9, np.uint8) if str(f).endswith(files[5].name) else decode_image(f, size))
+        with pytest.warns(UserWarning, match='left out 2 of 10'): images = decode(files, 16, skip_corrupt=True)
+    assert len(images) == 8 and (images[4] == 9).all() # files 2 and 7 are left out, so file 5 is the fifth
+    with pytest.warns(UserWarning, match='left out 2 of 10'): assert torch.equal(decode(files, 16, skip_corrupt=True), images) # and stays
+    assert leftovers(cache) == []
 
 
 def test_at_most_ten_are_named(tmp_path):

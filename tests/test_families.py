@@ -4,6 +4,7 @@ from copy import deepcopy
 from dataclasses import replace
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from fastai.vision.all import ImageDataLoaders, Transform
@@ -89,6 +90,14 @@ def test_perceptrons_are_trained_in_float32_whatever_the_precision(dls):
 
 def test_the_precision_is_part_of_the_key(dls):
     assert len({network_key(Job(dls, 'CNN_3'), replace(HOW['paper'], precision=p)) for p in ('float32', 'bfloat16')}) == 2
+
+
+def test_numbers_of_numpy_and_torch_are_told_apart_in_the_key(dls):
+    keys = [network_key(Job(dls, 'CNN_3'), replace(HOW['paper'], lr=lr)) for lr in (np.float32(.1), np.float32(.01), torch.tensor(.5), torch.tensor(.25), np.float64(.1), .1)]
+    assert len({*keys}) == 5 and keys[4] == keys[5]
+    assert network_key(Job(dls, 'CNN_3', seed=np.int64(3)), HOW['paper']) == network_key(Job(dls, 'CNN_3', seed=3), HOW['paper'])
+    for n in (object(), np.ones(1), 'a'):
+        with pytest.raises(TypeError, match="can't be written as JSON"): families.plain_number(n)
 
 
 def test_training_leaves_the_global_random_state_alone(dls):

@@ -1,6 +1,7 @@
 "Combining, predicting, evaluating, saving and loading: by hand, by brute force, and against hiclass."
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from hdfast.confusion import check_confusion
 from hdfast.hierarchical import HierarchicalClassifier, calibration_error, check_replaceable, class_scores, combine, decompose, price, routing_scores
 from hdfast import families
 from hdfast.families import fit_network
-from hdfast.learners import class_view, cluster_view, recipe
+from hdfast.learners import class_view, cluster_view, probabilities, recipe
 from hdfast.networks import network
 from hdfast.trunk import TrunkClassifier
 from hdfast.trust import CalibratedClassifier, Temperatures
@@ -390,6 +391,16 @@ def test_clusters_of_the_evaluation_add_up_to_the_whole(kind, evaluations):
         assert (c[column]*c['images']).sum()/len(e.y) == pytest.approx(whole)
 
 
+def test_the_flat_net_of_an_evaluation_sees_images_as_its_loader_normalises_them(classifier, images):
+    other = replace(images.dataloaders(device='cpu', bs=32)[2].normalize, std=(.1, .2, .3))
+    dls = images.dataloaders(device='cpu', bs=32)
+    for dl in dls: dl.normalize = other
+    flat = fit_network(dls, 'MLP_8', short)
+    probs, y = probabilities(flat, dls[2])
+    found = classifier.evaluate(dls[2], flat).table
+    assert found.FC['flat net'] == (probs.argmax(1) == y).mean() and found.FC['top-1'] == classifier.evaluate(images.dataloaders(device='cpu')[2]).table.FC['top-1']
+
+
 def test_evaluation_does_without_the_flat_net(classifier, dls):
     with_flat = classifier.evaluate(dls[2], network('MLP_4', 9, size=16, seed=0)).table
     without = classifier.evaluate(dls[2]).table
@@ -460,9 +471,9 @@ def test_a_loaded_classifier_can_be_saved_again_and_is_the_same(classifier, tmp_
 
 
 def test_the_folder_says_where_the_model_comes_from_and_holds_no_pickle(classifier, tmp_path):
-    folder = classifier.save(tmp_path/'a'/'deep'/'folder', provenance={'images': 'synthetic', 'epochs': 2})
+    folder = classifier.save(tmp_path/'a'/'deep'/'folder', provenance={'images': 'synthetic', 'epochs': np.int64(2), 'accuracy': torch.tensor(.5)})
     about = json.loads((folder/'classifier.json').read_text())
-    assert about['provenance'] == {'images': 'synthetic', 'epochs': 2} and {'hdfast', 'torch', 'python'} <= set(about['versions'])
+    assert about['provenance'] == {'images': 'synthetic', 'epochs': 2, 'accuracy': .5} and {'hdfast', 'torch', 'python'} <= set(about['versions'])
     assert sorted(f.name for f in folder.iterdir()) == ['classifier.json', 'model.safetensors'] and not [f for f in folder.parent.iterdir() if f != folder]
 
 

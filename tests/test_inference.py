@@ -32,6 +32,19 @@ def test_local_normalisation_and_overlapping_pools_too():
     assert torch.equal(forward(net, x), net(x))
 
 
+def test_a_layer_that_is_used_twice_runs_twice():
+    act = nn.ReLU()
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 9), act, nn.Sequential(nn.Linear(9, 9), act), nn.Linear(9, 5)).eval(), torch.randn(7, 3, 2, 2)
+    assert torch.equal(forward(net, x), net(x)) and not torch.equal(net(x), net[4](net[3][0](act(net[1](net[0](x))))))
+
+
+@pytest.mark.parametrize('at', [0, 1, 2])
+def test_hooks_are_kept(at):
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Sequential(nn.MaxPool2d(2))).eval(), torch.randn(2, 3, 8, 8)
+    net[at].register_forward_hook(lambda layer, inputs, out: out + 1)
+    assert torch.equal(forward(net, x), net(x))
+
+
 @given(n=st.integers(1, 4), c=st.integers(1, 9), h=st.integers(2, 9), w=st.integers(2, 9), seed=st.integers(0, 99))
 def test_halving_is_max_pooling(n, c, h, w, seed):
     x = torch.randn(n, c, h, w, generator=torch.Generator().manual_seed(seed)).to(memory_format=torch.channels_last)
