@@ -476,7 +476,7 @@ Replace one large image classifier by a router and a family of small experts.
 
 hdfast COMMAND --help explains a command's options; hdfast --version prints the version.
 A run of reproduce or decompose that was stopped goes on when the same command is given again.
-Exit status: 0 done, 1 an experiment failed, 2 bad input, 130 stopped with Ctrl-C."""
+Exit status: 0 done, 1 an experiment failed, 2 bad input or another failure, 130 stopped with Ctrl-C."""
 
 # %% ../nbs/90_cli.ipynb #656a8b21
 def _run(name, rest):

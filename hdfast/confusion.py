@@ -124,6 +124,7 @@ def _counted(targets, probs, ids, n_classes):
     if probs.shape != ids.shape or len(probs) != len(targets):
         raise ValueError(f"probs {probs.shape} and ids {ids.shape} must have the same shape, a row for each of {len(targets)} targets")
     if not np.isfinite(probs).all() or (probs < 0).any(): raise ValueError("probs holds NaN, infinite or negative values: pass softmax(logits)")
+    if (probs.sum(1) > 1 + 1e-3).any(): raise ValueError(f"probs holds a row that sums to {probs.sum(1).max():.3g}, more than 1: pass softmax(logits)")
     at = (np.repeat(targets, ids.shape[1]), ids.ravel())
     return sparse.csr_array((probs.ravel(), at), (n_classes, n_classes))
 

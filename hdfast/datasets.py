@@ -539,13 +539,18 @@ def _parts(path):
     train, test, valid = (next((there[n] for n in names if n in there), None) for names in _part_names)
     if train is None or not _entries(train)[0]: return {TRAIN: path}
     found = {TRAIN: train, TEST: test, HELD_OUT: valid} if test else {TRAIN: train, TEST: valid}
-    return {part: folder for part, folder in found.items() if folder}
+    found = {part: folder for part, folder in found.items() if folder}
+    if left := sorted(f.name for f in there.values() if f not in found.values()):
+        warnings.warn(f"{path}: left out {_some(left)}, beside {train.name}: folders of parts are called {', '.join(sum(_part_names, ()))}")
+    return found
 
 # %% ../nbs/00_datasets.ipynb #5717535b
 def _folder_files(path, classes=None, only=None):
     "DataFrame of all files of an image folder: file, class, superclass, part; the classes are those of train"
     t = pd.concat([_tree(root).assign(part=part) for part, root in _parts(path).items()], ignore_index=True)
-    if t.duplicated(['class', 'part']).any(): t['class'] = t.superclass + '/' + t['class'] # the same class name in two superclasses
+    if t.duplicated(['class', 'part']).any(): # the same class name in two superclasses
+        if t.superclass.isna().any(): raise ValueError(f'{path}: two superclasses have a class of the same name, so all parts need folders of superclasses, not some')
+        t['class'] = t.superclass + '/' + t['class']
     if classes is not None:
         wanted = set(classes)
         missing = sorted(wanted - set(t['class'][t.part == TRAIN]))
@@ -571,18 +576,19 @@ def image_folder(
 ) -> ImageSet: # classes in alphabetical order
     "Images in class folders, decoded into memory and split."
     t = _folder_files(path, classes, only)
-    names = sorted(set(t['class']))
+    names, parts = sorted(set(t['class'])), {*t.part}
     images, kept = _decode_kept(t.file, size, skip_corrupt, cache)
     t = t.iloc[kept]
     labels = torch.from_numpy(pd.Categorical(t['class'], categories=names).codes.astype(np.int64))
     split = torch.from_numpy(t.part.to_numpy(np.int8, copy=True))
+    if TEST in parts and TEST not in split: raise ValueError(f'{path}: none of the files of the test part is a readable image')
     if TEST not in split: split = stratified_split(labels, names, test, held_out, seed)
     elif HELD_OUT not in split: split = hold_out(labels, split, names, held_out, seed)
     sup = t.drop_duplicates('class').superclass.tolist() # sorted by class, as `names` are
     return ImageSet(name or Path(path).resolve().name, images, labels, names, split, None if None in sup else sup)
 
 # %% ../nbs/00_datasets.ipynb #0808a3e9
-class ImagesAbsent(FileNotFoundError): "The images of a set that has to be fetched by hand aren't there."
+class ImagesAbsent(FileNotFoundError): "The images of a set that may have to be fetched by hand aren't there."
 
 def _fetched(folder, url, get):
     "`folder`, if need be made of what `get(aside)` has downloaded from `url`; FileNotFoundError naming both if it can't"

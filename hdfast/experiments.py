@@ -11,6 +11,7 @@ __all__ = ['repository', 'FAMILIES', 'pages_folder', 'EXPERIMENTS', 'use_device'
 # %% ../nbs/80_experiments.ipynb #90864d6f
 import json, os, platform, subprocess
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 import fastai, hdfast, scipy, sklearn, torch
@@ -147,7 +148,7 @@ def runs_of(
 ) -> list:       # (name of the run, function that gives its ImageSet, seed)
     "The runs of an experiment: folds for the CalTech sets, seeds for all others."
     numbers = range(first, first + n)
-    if dataset.startswith('caltech'):
+    if dataset in ('caltech101', 'caltech256'):
         return [(f'fold {i}', lambda i=i: image_set(dataset, fold=i, seed=seed), seed) for i in numbers]
     return [(f'seed {s}', lambda s=s: image_set(dataset, seed=s), s) for s in (seed + i for i in numbers)]
 
@@ -197,9 +198,11 @@ def save_result(
     "Write `name`.csv, `name`_runs.csv and, last, `name`.json."
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_aside(out/f'{name}.csv', table.to_csv(index=False, float_format='%.4f'))
-    write_aside(out/f'{name}_runs.csv', runs.to_csv(index=False, float_format='%.6f'))
-    write_aside(out/f'{name}.json', json.dumps(dict(name=name, **about), indent=1, ensure_ascii=False))
+    texts = {f'{name}.json': json.dumps(dict(name=name, **about), indent=1, ensure_ascii=False), f'{name}_runs.csv': runs.to_csv(index=False, float_format='%.6f'),
+             f'{name}.csv': table.to_csv(index=False, float_format='%.4f')}
+    with ExitStack() as stack: # at its end the files take their places, the last one first
+        for file, text in texts.items(): stack.enter_context(atomically(out/file)).write_text(text, encoding='utf-8')
+        (out/f'{name}.json').unlink(missing_ok=True)
     return out/f'{name}.json'
 
 # %% ../nbs/80_experiments.ipynb #6f2225ab
@@ -216,13 +219,19 @@ def save_figure(
     return files
 
 # %% ../nbs/80_experiments.ipynb #864e58e5
+def _how_to_make(name, out):
+    "The command that makes a result, behind what is missing; nothing for other names than an experiment's."
+    profiles = EXPERIMENTS[name].profiles if name in EXPERIMENTS else {}
+    profile = next((p for p in ('paper', 'cpu', 'smoke') if p in profiles), None)
+    return f"; `hdfast reproduce --profile {profile} --only {name} --out {out}` makes it" if profile else ''
+
 def load_result(
     out,      # folder that `save_result` wrote to
     name:str, # of the experiment
 ) -> tuple:   # table (DataFrame) and what is known about it (dict)
     "The summary table of an experiment and its provenance; FileNotFoundError if it hasn't been run, ValueError if the files are something else."
     file = Path(out)/f'{name}.json'
-    if not file.exists(): raise FileNotFoundError(f"{name} hasn't been run: there is no {file}; `hdfast reproduce --profile paper --only {name} --out {out}` makes it")
+    if not file.exists(): raise FileNotFoundError(f"{name} hasn't been run: there is no {file}{_how_to_make(name, out)}")
     foreign = f"{file} isn't a result of {name} with its table beside it: move it away, or write to another folder"
     try: table, about = pd.read_csv(file.with_suffix('.csv'), dtype={'clusters': str, 'gamma': str}), json.loads(file.read_text(encoding='utf-8'))
     except (ValueError, FileNotFoundError) as e: raise ValueError(f'{foreign} ({e})') from e

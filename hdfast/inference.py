@@ -16,7 +16,7 @@ _halving = dict(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
 
 def _halves(m, x):
     "Whether `m` is a max-pool that `_halve` does sooner."
-    return (isinstance(m, nn.MaxPool2d) and x.numel() > 2**16 and x.device.type == 'cpu'
+    return (type(m) is nn.MaxPool2d and x.numel() > 2**16 and x.device.type == 'cpu'
             and x.is_contiguous(memory_format=torch.channels_last) and all(getattr(m, k) == v for k, v in _halving.items()))
 
 def _halve(x):
@@ -42,8 +42,8 @@ def forward(
     if type(net) is not nn.Sequential or _hooked(net): return net(x)
     waits = own = False # is there a ReLU to be done, and may it overwrite x?
     for m in _layers(net):
-        if isinstance(m, nn.ReLU): waits = True; continue
-        if waits and not isinstance(m, nn.MaxPool2d): x, waits = x.relu_() if own else x.relu(), False
+        if type(m) is nn.ReLU: waits = True; continue
+        if waits and type(m) is not nn.MaxPool2d: x, waits = x.relu_() if own else x.relu(), False
         x, own = _halve(x) if _halves(m, x) else m(x), own or isinstance(m, (nn.Conv2d, nn.Linear))
     return x.relu() if waits else x
 

@@ -92,7 +92,7 @@ class Normalization:
         if len(self.mean) != 3 or len(self.std) != 3: raise ValueError(f"three means and three standard deviations are needed, not {self}")
     def __call__(self, x):
         scale, shift, *_ = _constants(self, x.device)
-        return x.float().mul_(scale).sub_(shift)
+        return x.to(torch.float32, copy=True).mul_(scale).sub_(shift)
     def decode(self, x):
         *_, mean, std = _constants(self, x.device)
         return (x*std + mean).clamp(0, 1)
@@ -444,7 +444,7 @@ def probabilities(
     dl,                 # a loader that isn't shuffled
 ) -> tuple:             # probabilities (N, K) and targets (N,), numpy
     "Softmax outputs of `net` for every sample of `dl`, and the targets."
-    if is_shuffled(dl): raise ValueError("the loader is shuffled: use dls.valid or dls[2], or for other images dls.test_dl(items, with_labels=True)")
+    if is_shuffled(dl): raise ValueError("the loader is shuffled: use dls.valid or dls[2], or with fastai's DataLoaders dls.test_dl(items, with_labels=True)")
     with evaluating(net): out = [(net(x).softmax(1).cpu(), torch.as_tensor(y).cpu()) for x, y in dl]
     return tuple(torch.cat(o).numpy() for o in zip(*out))
 

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from .clustering import check_one_level
-from .networks import NetworkSpec, evaluating, network, network_spec
+from .networks import NetworkSpec, evaluating, is_bias, network, network_spec
 
 # %% ../nbs/35_memory.ipynb #3a51c014
 def _storages(values):
@@ -119,7 +119,7 @@ def _owned(net, bias):
     owned = defaultdict(list)
     for name, p in net.named_parameters():
         owner, _, short = name.rpartition('.')
-        if bias or not 'bias' in short: owned[owner].append(tuple(p.shape))
+        if bias or not is_bias(short): owned[owner].append(tuple(p.shape))
     return owned
 
 # %% ../nbs/35_memory.ipynb #3a51c102

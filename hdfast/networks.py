@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECS', 'Conv', 'Stage', 'NetworkSpec', 'mlp_spec', 'network_spec', 'spec_table', 'vgg_f_norm', 'seeded',
-           'evaluating', 'network', 'n_parameters']
+           'evaluating', 'network', 'is_bias', 'n_parameters']
 
 # %% ../nbs/30_networks.ipynb #95ea11c1
 import re
@@ -39,12 +39,13 @@ class Conv:
     kernel: int          # side of the square window, in pixels
     filters: int         # channels that come out
     stride: int = 1      # step of the window, in pixels
-    padding: int = None  # zeros added on each side; None means kernel//2, which keeps the size at stride 1
+    padding: int = None  # zeros added on each side; None means kernel//2, which keeps the size at stride 1 if the kernel is odd
 
     def __post_init__(self):
         _check_counts('Conv', kernel=self.kernel, filters=self.filters, stride=self.stride)
         if self.padding is None: object.__setattr__(self, 'padding', self.kernel//2)
         _check_counts('Conv', least=0, padding=self.padding)
+        for field in ('kernel', 'filters', 'stride', 'padding'): object.__setattr__(self, field, int(getattr(self, field)))
 
     def __str__(self): return f'{self.kernel}×{self.kernel}|{self.filters}' + (f' Stride:{self.stride}' if self.stride > 1 else '')
 
@@ -286,9 +287,16 @@ def network(
     return nn.Sequential(OrderedDict(body=body, head=head))
 
 # %% ../nbs/30_networks.ipynb #0d1a4e28
+def is_bias(
+    name:str # of a parameter, such as 'head.fc5.bias'
+) -> bool:
+    "Whether a parameter is a layer's bias, by its name; those of recurrent and attention layers too."
+    short = name.rpartition('.')[2]
+    return short.endswith('bias') or short.startswith('bias_')
+
 def n_parameters(
     net:nn.Module,
     bias=True # count the biases too? The paper's tables don't
 ) -> int:
     "Number of parameters of `net`."
-    return sum(p.numel() for name, p in net.named_parameters() if bias or not name.endswith('bias'))
+    return sum(p.numel() for name, p in net.named_parameters() if bias or not is_bias(name))

@@ -22,7 +22,7 @@ class Item:
     what:str           # what it shows
     experiments:tuple  # names of experiments with its numbers
     figure:str=''      # for a figure: name of the picture, without suffix
-    images:str=''      # image set that has to be fetched by hand
+    images:str=''      # image set that may not be there
     verdict:str=''     # said of every number of the item, in place of a comparison
 
 def _hierarchy_item(table, what, *experiments, more='', images=''):
@@ -278,7 +278,7 @@ def overview(
 def _over(item, lines):
     ours = lines[lines.ours.notna()]
     both = ours[ours.paper.notna() & ~ours.number.str.endswith('HC contains') & ours.verdict.ne(_SAME_HC)]
-    marks, gaps = {m[0] if m[0] in '●○' else '○' for m in ours.protocol if m}, (both.ours - both.paper)[both.protocol != '']
+    marks, gaps = {m[0] if m[0] in '●○' else '○' for m in (both if len(both) else ours).protocol if m}, (both.ours - both.paper)[both.protocol != '']
     made = '● full' if marks == {'●'} else '○ in part' if marks == {'○'} else 'some ● full, some ○ in part' if marks else 'counted'
     return {'table': item, 'numbers': len(ours), "beside the paper's": len(both), 'agree': sum(v.startswith('agrees') for v in both.verdict),
             'largest gap, points': f'{gaps[gaps.abs().idxmax()]:+.1f}' if len(gaps) else '', 'made': made if len(ours) else lines.verdict.iloc[0]}

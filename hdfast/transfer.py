@@ -177,17 +177,29 @@ def _check_norm(layer):
     if not np.allclose(_numbers(layer, 'param'), (5, 2, 1e-4, .75)):
         raise ValueError(f"layer {_text(layer, 'name')}: the normalisation has constants {_numbers(layer, 'param')}; VGG-f's are (5, 2, 0.0001, 0.75)")
 
+_pads = {2: ((0,), (0, 0, 0, 0)), 3: ((0, 1, 0, 1),)} # top, bottom, left, right: as our pools round
+
 def _window(layer):
     if _text(layer, 'method') != 'max' or _one(layer, 'stride') != 2:
         raise ValueError(f"layer {_text(layer, 'name')}: only max-pools with a stride of 2 can be imported")
-    return _one(layer, 'pool')
+    window, pads = _one(layer, 'pool'), _numbers(layer, 'pad')
+    if window in _pads and pads not in _pads[window]:
+        raise ValueError(f"layer {_text(layer, 'name')}: pad is {pads}; a pool of {window}×{window} can be imported with {' or '.join(map(str, _pads[window]))}")
+    return window
 
 # %% ../nbs/65_transfer.ipynb #65a00025
+def _check_order(layer, kind, before, convs):
+    "Refuse a layer in a place where our networks have none of its kind."
+    if before == 'conv' and kind != 'relu': raise ValueError(f"layer {_text(layer, 'name')} follows a convolution without a ReLU in between, which these networks don't have")
+    if kind in ('normalize', 'lrn') and not convs: raise ValueError(f"layer {_text(layer, 'name')} normalises after a pool; these networks do so before it")
+
 def _stages(layers):
     "The stages that a list of MatConvNet layers makes up."
-    stages, convs, norm = [], [], False
+    stages, convs, norm, before = [], [], False, None
     for layer in layers:
         kind = _text(layer, 'type')
+        _check_order(layer, kind, before, convs)
+        before = kind
         if kind == 'conv': convs.append(_as_conv(layer))
         elif kind in ('normalize', 'lrn'):
             _check_norm(layer)

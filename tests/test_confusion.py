@@ -100,6 +100,10 @@ def test_bad_predictions_are_refused(targets, probs, message):
     with pytest.raises(ValueError, match=message): confusion_matrix(targets, probs, 2)
 
 
+def test_logits_of_a_few_classes_are_refused_too():
+    with pytest.raises(ValueError, match='sums to 9, more than 1: pass softmax'): sparse_confusion_matrix([([0, 1], [[7., 2.], [.3, .1]], [[0, 1], [1, 0]])], 2)
+
+
 def test_targets_that_are_no_integers_are_refused():
     with pytest.raises(ValueError, match='integer'): confusion_matrix([0., .5], [[.5, .5], [.5, .5]], 2)
 

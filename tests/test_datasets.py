@@ -494,6 +494,28 @@ def test_a_superclass_stands_before_the_name_in_every_part(tmp_path):
     assert s.classes == ('A/wing', 'B/wing') and s.counts().test.tolist() == [6, 0]
 
 
+def test_superclasses_in_one_part_only_are_refused_where_names_need_them(tmp_path):
+    for sup in 'AB': write_folder(tmp_path/'x'/'train'/sup, ['wing'])
+    write_folder(tmp_path/'x'/'test', ['wing'])
+    with pytest.raises(ValueError, match='all parts need folders of superclasses'): image_folder(tmp_path/'x', 16)
+
+
+@pytest.mark.filterwarnings('error')
+def test_a_folder_that_is_no_part_is_told_of(tmp_path):
+    for part, n in (('train', 10), ('eval', 4)): write_folder(tmp_path/'pets'/part, ['dog', 'cat'], n)
+    with pytest.warns(UserWarning, match='left out eval, beside train: folders of parts are called train, training, test'): s = image_folder(tmp_path/'pets', 16)
+    assert s.counts().sum().sum() == 20
+    write_folder(tmp_path/'pets'/'test', ['dog', 'cat'], 3)
+    (tmp_path/'pets'/'eval').rename(tmp_path/'pets'/'val')
+    assert image_folder(tmp_path/'pets', 16).counts().to_numpy().tolist() == [[10, 4, 3]]*2
+
+
+def test_a_test_part_that_cannot_be_read_is_not_made_up(tmp_path):
+    write_folder(tmp_path/'pets'/'train', ['dog', 'cat'])
+    for f in [f for c in ('dog', 'cat') for f in write_images(tmp_path/'pets'/'test'/c, 2)]: f.write_bytes(b'no')
+    with pytest.warns(UserWarning, match='left out 4 of 16'), pytest.raises(ValueError, match='none of the files of the test part'): image_folder(tmp_path/'pets', 16, skip_corrupt=True)
+
+
 def test_a_class_may_lack_test_images_whether_named_or_not(tmp_path):
     write_folder(tmp_path/'x'/'train', ['cat', 'dog', 'owl'])
     write_folder(tmp_path/'x'/'test', ['cat'])

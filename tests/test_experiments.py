@@ -1,11 +1,11 @@
 "What experiments keep: a result that grows by further runs, and says which commit made which of them."
-import json
+import json, os
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 
-from hdfast.experiments import EXPERIMENTS, by_variant, caption, commits, earlier_runs, load_result, pages_folder, provenance, save_result
+from hdfast.experiments import EXPERIMENTS, by_variant, caption, commits, earlier_runs, load_result, pages_folder, provenance, runs_of, save_result
 from hdfast.hdcnn import HDCNN
 from hdfast.hierarchical import HierarchicalClassifier
 from hdfast.trunk import SLIM, WIDE
@@ -29,6 +29,34 @@ def keep(folder, rows, made_by, runs, **about):
 def test_without_an_earlier_result_there_is_nothing(tmp_path):
     assert earlier_runs('', 'r', folds(0, 1), WANTED, made('x')) == ([], made('x'))
     with pytest.raises(FileNotFoundError, match="r hasn't been run"): earlier_runs(tmp_path, 'r', folds(0, 1), WANTED, made('x'))
+
+
+def test_a_result_that_cannot_be_written_leaves_the_earlier_one(tmp_path):
+    keep(tmp_path, rows_of(folds(0)), made('first'), 1)
+    before = {f.name: f.read_text() for f in tmp_path.iterdir()}
+    with pytest.raises(TypeError): keep(tmp_path, rows_of(folds(0, 1)), made('second'), 2, best=object())
+    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == before
+
+
+def test_a_table_never_stands_beside_the_provenance_of_another(tmp_path, monkeypatch):
+    keep(tmp_path, rows_of(folds(0)), made('first'), 1)
+    replace_file, done = os.replace, []
+    def one_only(a, b):
+        if done: raise KeyboardInterrupt
+        done.append(b)
+        replace_file(a, b)
+    monkeypatch.setattr(os, 'replace', one_only)
+    with pytest.raises(KeyboardInterrupt): keep(tmp_path, rows_of(folds(0, 1)), made('second'), 2)
+    with pytest.raises(FileNotFoundError, match="r hasn't been run: there is no .*r.json$"): load_result(tmp_path, 'r')
+
+
+@pytest.mark.parametrize('name, profile', [('mlp_synthetic', 'smoke'), ('mlp_cifar100', 'paper')])
+def test_a_missing_result_names_a_command_that_there_is(tmp_path, name, profile):
+    with pytest.raises(FileNotFoundError, match=f'hdfast reproduce --profile {profile} --only {name} '): load_result(tmp_path, name)
+
+
+def test_a_folder_whose_name_begins_like_a_set_has_seeds(tmp_path):
+    assert [name for name, *_ in runs_of('caltech-birds', 2)] == ['seed 0', 'seed 1'] and [name for name, *_ in runs_of('caltech101', 2)] == ['fold 0', 'fold 1']
 
 
 def test_a_result_grows_twice_and_every_run_keeps_its_commit(tmp_path):

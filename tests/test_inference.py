@@ -38,6 +38,15 @@ def test_a_layer_that_is_used_twice_runs_twice():
     assert torch.equal(forward(net, x), net(x)) and not torch.equal(net(x), net[4](net[3][0](act(net[1](net[0](x))))))
 
 
+def test_a_layer_derived_from_one_of_ours_does_as_it_likes():
+    class Twice(nn.ReLU):
+        def forward(self, x): return 2*x.relu()
+    class Shifted(nn.MaxPool2d):
+        def forward(self, x): return super().forward(x) - 1
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), Twice(), nn.ReLU(), Shifted(2)).eval(), torch.randn(2, 3, 8, 8)
+    assert torch.equal(forward(net, x), net(x))
+
+
 @pytest.mark.parametrize('at', [0, 1, 2])
 def test_hooks_are_kept(at):
     net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Sequential(nn.MaxPool2d(2))).eval(), torch.randn(2, 3, 8, 8)

@@ -213,6 +213,11 @@ def test_a_view_gets_back_to_the_wanted_batch_size(dls):
     assert small.train.bs < 32 and small.train.new(dls.train.dataset).bs == 32
 
 
+def test_normalising_leaves_what_it_is_given():
+    x = torch.full((1, 3, 2, 2), 255.)
+    assert Normalization((.5,)*3, (.5,)*3)(x).eq(1).all() and x.eq(255).all()
+
+
 def test_normalising_and_back_gives_the_same_pixels():
     x = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(1, 3, 16, 16)
     n = Normalization((.5, .4, .3), (.2, .25, .3))

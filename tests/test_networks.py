@@ -18,6 +18,17 @@ def meta(name, n_classes, size, **kw):
         return network(name, n_classes, size, **kw)
 
 
+def test_a_spec_with_numbers_of_numpy_is_written_as_json():
+    spec = NetworkSpec('a', [Stage([Conv(np.int64(3), np.int32(8), np.int64(1), np.int64(1))])], [np.int64(5)])
+    assert NetworkSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec == NetworkSpec('a', [Stage([Conv(3, 8)])], [5])
+
+
+@pytest.mark.parametrize('net, biases', [(nn.LSTM(3, 4), 2*4*4), (nn.MultiheadAttention(4, 2, add_bias_kv=True), 3*4 + 4 + 2*4), (nn.Linear(3, 4), 4)])
+def test_biases_are_known_by_their_names(net, biases):
+    net.register_parameter('relative_position_bias_table', nn.Parameter(torch.zeros(7)))
+    assert n_parameters(net) - n_parameters(net, bias=False) == biases
+
+
 def weight_mb(name, n_classes): return 4*n_parameters(meta(name, n_classes, 224), bias=False) / 2**20
 
 

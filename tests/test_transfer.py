@@ -127,7 +127,12 @@ def test_layers_left_out_are_listed_with_their_shapes(tmp_path):
     (3, pool(1, method='avg'), "layer pool1: only max-pools"),
     (3, pool(1, window=5), "window must be 2 or 3 pixels, not 5"),
     (0, conv('conv1', 11, 3, 64) | dict(pad=[[0, 1, 0, 1]]), "layer conv1: pad is"),
-    (0, conv('conv1', 11, 3, 64) | dict(stride=[[4, 2]]), "layer conv1: stride is")])
+    (0, conv('conv1', 11, 3, 64) | dict(stride=[[4, 2]]), "layer conv1: stride is"),
+    (3, pool(1) | dict(pad=[[0, 0, 0, 0]]), r"layer pool1: pad is .*can be imported with \(0, 1, 0, 1\)"),
+    (3, pool(1, window=2), r"layer pool1: pad is .*can be imported with \(0,\) or \(0, 0, 0, 0\)"),
+    (4, norm(2), 'layer norm2 normalises after a pool'),
+    (1, pool(1), 'layer pool1 follows a convolution without a ReLU'),
+    (1, conv('conv2', 5, 64, 256, 1, 2), 'layer conv2 follows a convolution without a ReLU')])
 def test_layers_that_cannot_be_imported_are_named(tmp_path, i, layer, message):
     layers = vgg_f_layers()
     layers[i] = layer
