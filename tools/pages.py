@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS, README, DOCS = ROOT/'nbs', ROOT/'README.md', ROOT/'_docs'
 NOTE = '<!-- Written by `make readme` from nbs/index.ipynb: edit that notebook, not this file. -->\n\n'
 DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
+ECHOLESS = re.compile(r'^#\|\s*echo:\s*false\s*$', re.M) # of a cell of which only the output is shown
 HIDDEN = re.compile(r'^#\|\s*(hide|default_exp\b.*)\s*$', re.M)
 # [text](target) and ![text](target); addresses with a scheme and anchors on the page stay as they are
 LINK = re.compile(r'(\]\()(?!\w+:|#|/)([^)\s]+)')
@@ -20,6 +21,7 @@ def prepare(path, relink):
     nb.metadata['language_info'] = {'name': 'python'}
     nb.cells = [c for c in nb.cells if not (c.cell_type == 'code' and HIDDEN.search(c.source))]
     for c in nb.cells:
+        if c.cell_type == 'code' and ECHOLESS.search(c.source): c.metadata['transient'] = {'remove_source': True} # as nbconvert's own preprocessors say it
         if c.cell_type == 'code': c.source = DIRECTIVE.sub('', c.source).strip('\n')
         else: c.source = LINK.sub(lambda m: m[1] + relink(m[2]), c.source)
     return nb
