@@ -198,10 +198,11 @@ def save_result(
     "Write `name`.csv, `name`_runs.csv and, last, `name`.json."
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    texts = {f'{name}.json': json.dumps(dict(name=name, **about), indent=1, ensure_ascii=False), f'{name}_runs.csv': runs.to_csv(index=False, float_format='%.6f'),
-             f'{name}.csv': table.to_csv(index=False, float_format='%.4f')}
-    with ExitStack() as stack: # at its end the files take their places, the last one first
-        for file, text in texts.items(): stack.enter_context(atomically(out/file)).write_text(text, encoding='utf-8')
+    texts = {f'{name}.csv': table.to_csv(index=False, float_format='%.4f'), f'{name}_runs.csv': runs.to_csv(index=False, float_format='%.6f'),
+             f'{name}.json': json.dumps(dict(name=name, **about), indent=1, ensure_ascii=False)}
+    with ExitStack() as stack: # at its end the files take their places, the first of `texts` first
+        asides = {file: stack.enter_context(atomically(out/file)) for file in reversed(texts)}
+        for file, text in texts.items(): asides[file].write_text(text, encoding='utf-8')
         (out/f'{name}.json').unlink(missing_ok=True)
     return out/f'{name}.json'
 
