@@ -373,7 +373,7 @@ def atomically(
 ):
     "A path beside `file` to write to; it takes the place of `file` at the end, or goes if the writing failed."
     file = Path(file)
-    part = file.with_name(f'.{file.name}.{os.getpid()}')
+    part = file.with_name(f'.{file.name}.{os.getpid()}.{os.urandom(4).hex()}')
     try:
         yield part
         os.replace(part, file)

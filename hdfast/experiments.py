@@ -22,7 +22,7 @@ from matplotlib import pyplot as plt
 from scipy.stats import ttest_1samp
 from .clustering import cluster_into
 from .datasets import atomically, image_set
-from .hierarchical import HierarchicalClassifier, price
+from .hierarchical import HierarchicalClassifier, price, routing_shares
 from .families import fit_network, timed
 from .inference import keep_memory
 from .learners import RECIPES, held_out_confusion
@@ -121,22 +121,21 @@ def hierarchy_rows(
         h = cluster_into(C, n_clusters, gamma, images.classes)
         model = HierarchicalClassifier(h, family.router, family.expert, how, seed)
         _, seconds = timed(lambda: model.fit(dls, cache, progress=False))
-        rows += _evaluation_rows(model, model.evaluate(dls[2], flat), flat, gamma)
+        rows += _evaluation_rows(model, model.evaluate(dls[2], flat), flat, gamma, routing_shares(model, dls[2]))
         hierarchies.append(h)
         fc = next(r['FC'] for r in reversed(rows) if r['routing'] == 'top-1')
         report(f"  {h.n_clusters} clusters, {'disjoint' if gamma is None else f'gamma {gamma:g}'}: {seconds:.0f} s, FC {fc:.2%}")
     return rows, C, hierarchies
 
 # %% ../nbs/80_experiments.ipynb #f032a203
-def _evaluation_rows(model, found, flat, gamma):
-    "Rows of an `Evaluation`, with what they belong to and what they cost."
+def _evaluation_rows(model, found, flat, gamma, sent):
+    "Rows of an `Evaluation`, with what they belong to and what they cost; `sent` is the share of images that goes to each cluster."
     h = model.hierarchy
     about = dict(gamma=np.nan if gamma is None else gamma, clusters=h.n_clusters, max_size=h.max_size,
                  memberships=sum(map(len, h.clusters))/h.n_classes)
     prices = {way: price([flat] if way == 'flat net' else model.networks) for way in found.table.index}
-    shares = found.clusters.images/found.n
     macs = {'flat net': network_memory(flat, h.n_classes, model.shape).macs,
-            'top-1': family_memory(model, routing=shares).macs['one image', 'separate']}
+            'top-1': family_memory(model, routing=sent).macs['one image', 'separate']}
     return [{'routing': way, **about, **prices[way], 'MACs': macs.get(way), **scores} for way, scores in found.table.iterrows()]
 
 # %% ../nbs/80_experiments.ipynb #bc0d47c3

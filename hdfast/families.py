@@ -31,7 +31,7 @@ from . import networks
 from .datasets import atomically
 from .inference import predict_in_batches
 from .learners import ImageDL, ImageView, Recipe, ViewDataLoaders, build_network, check_predictions, computed_in, diverged, input_shape
-from .learners import torch_optimizers, training_loader
+from .learners import batch_sizes, torch_optimizers, training_loader
 from .networks import evaluating, network_spec
 
 # %% ../nbs/45_families.ipynb #5f0a1c08
@@ -186,7 +186,8 @@ def network_key(job:Job, recipe:Recipe) -> str:
                          "or give their ImageView a `source`, a text that says which images they are")
     if dls.train.after_batch.fs: raise ValueError("networks trained with batch transforms can't be cached: they don't tell what they do")
     settings = dict(spec=network_spec(job.spec).to_dict(), recipe=asdict(recipe), seed=job.seed, classes=list(map(str, data.vocab)),
-                    images=data.source, augment=_function_text(dls.train.augment), device=torch.device(dls.device).type, torch=torch.__version__,
+                    images=data.source, augment=_function_text(dls.train.augment), shuffle=dls.train.shuffle,
+                    device=torch.device(dls.device).type, torch=torch.__version__, products=torch.get_float32_matmul_precision(),
                     normalize=dls.train.normalize and asdict(dls.train.normalize), code=code_version('networks', 'learners', 'families'))
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=plain_number).encode())
     for t in (data.index, data.targets): key.update(t.cpu().numpy().tobytes())
@@ -262,11 +263,12 @@ _rules = {'sgd': _SGD, 'adam': _AdamW}
 # %% ../nbs/45_families.ipynb #5f0a1d0c
 def _epoch_order(loaders, bs):
     "Rows of every batch (batches, networks, bs), how many of them are meant (batches, networks); loaders sorted by length."
-    n = len(loaders[0].dataset)
-    rows = torch.zeros(len(loaders), -(-n//bs)*bs, dtype=torch.long)
-    for r, dl in zip(rows, loaders): r[:len(dl.dataset)] = dl.order()[0]
-    sizes = torch.tensor([len(dl.dataset) for dl in loaders]) - bs*torch.arange(rows.shape[1]//bs)[:, None]
-    return rows.view(len(loaders), -1, bs).transpose(0, 1).contiguous(), sizes.clamp(0, bs)
+    sizes = [batch_sizes(len(dl.dataset), bs) for dl in loaders]
+    rows = torch.zeros(len(sizes[0]), len(loaders), max(map(max, sizes)), dtype=torch.long)
+    for e, dl in enumerate(loaders):
+        own = nn.utils.rnn.pad_sequence(dl.order()[0].split(sizes[e]), batch_first=True)
+        rows[:len(own), e, :own.shape[1]] = own
+    return rows, nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sizes])
 
 # %% ../nbs/45_families.ipynb #5f0a1d13
 class _FamilyInputs:
@@ -375,16 +377,14 @@ def _check_losses(losses, jobs, epoch):
 class _Steps:
     "All training steps of one network, with everything they need on the device."
     def __init__(self, net, dl, recipe, device):
-        self.net, self.view, self.inputs, self.bs = net, dl.dataset, dl.inputs, recipe.bs
+        self.net, self.view, self.inputs, self.sizes = net, dl.dataset, dl.inputs, batch_sizes(len(dl.dataset), recipe.bs)
         self.params = [p for p in net.parameters() if p.requires_grad]
         self.rule = _rules[recipe.optimizer](self.params, recipe.wd)
-        self.n_batches, self.last = -(-len(dl.dataset)//recipe.bs), (len(dl.dataset) - 1)%recipe.bs + 1
-        orders = [F.pad(dl.order()[0], (0, self.n_batches*self.bs - len(dl.dataset))) for _ in range(recipe.epochs)]
-        self.order = torch.cat(orders).view(-1, self.bs).to(device)
+        batches = [b for _ in range(recipe.epochs) for b in dl.order()[0].split(self.sizes)]
+        self.n_batches, self.order = len(self.sizes), nn.utils.rnn.pad_sequence(batches, batch_first=True).to(device)
         self.plan, self.losses = _plan(recipe, self.n_batches).to(device), torch.zeros(len(self.order), device=device)
         self.at = torch.zeros(1, dtype=torch.long, device=device)
-        sizes = {self.last, self.bs} if self.n_batches > 1 else {self.last}
-        self.run = {n: partial(self.step, n) for n in sizes}
+        self.run = {n: partial(self.step, n) for n in dict.fromkeys(self.sizes)}
     def __len__(self): return len(self.order)
     def step(self, n):
         "The next step, on the first `n` samples of its batch."
@@ -398,7 +398,7 @@ class _Steps:
             torch._foreach_add_(grads, found)
             self.rule.step(self.params, grads, self.rule.state, lr, mom, k)
             self.at += 1
-    def __call__(self, i): self.run[self.last if (i + 1)%self.n_batches == 0 else self.bs]()
+    def __call__(self, i): self.run[self.sizes[i%self.n_batches]]()
 
 # %% ../nbs/45_families.ipynb #5f0a1d1c
 def _practise(steps, n):
@@ -414,7 +414,7 @@ def _record(steps):
     before, stream = [t.clone() for t in held], torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     for n in list(steps.run):
-        with torch.cuda.stream(stream), torch.backends.cudnn.flags(enabled=True, benchmark=n == steps.bs):
+        with torch.cuda.stream(stream), torch.backends.cudnn.flags(enabled=True, benchmark=n == steps.sizes[0]):
             _practise(steps, n)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -542,13 +542,14 @@ def fit_network(
 # %% ../nbs/45_families.ipynb #5f0a1c22
 @torch.no_grad()
 def features(
-    body,          # a module from network inputs to features, on the device of `images`
+    body,          # a module from network inputs to features
     images,        # uint8 (N, 3, H, W), or earlier features
     inputs,        # function that makes network inputs of them
-) -> torch.Tensor: # (N, ...), float32, on the same device
+) -> torch.Tensor: # (N, ...), float32, on the device of `images`
     "What a frozen `body` makes of every image."
-    rows, take = torch.arange(len(images), device=images.device), lambda r: inputs(images.index_select(0, r))
-    with evaluating(body): return predict_in_batches(body, take, rows, images.shape[1:], images.device).contiguous()
+    rows, device = torch.arange(len(images), device=images.device), next((p.device for p in body.parameters()), images.device)
+    take = lambda r: inputs(images.index_select(0, r)).to(device)
+    with evaluating(body): return predict_in_batches(body, take, rows, images.shape[1:], device).to(images.device).contiguous()
 
 # %% ../nbs/45_families.ipynb #5f0a1c26
 def _features_source(view, normalize, body):

@@ -112,7 +112,7 @@ def tasks_of(
     whole = Task(e.name, page, parameters, tuple(e.needs), e.alone, tuple(e.needs))
     if jobs == 1 or not SPLIT <= page_parameters(page).keys(): return [whole]
     parts = [*_parts(e, whole, out)]
-    return [*parts, replace(whole, needs=tuple(p.name for p in parts))] if len(parts) > 1 else [whole]
+    return [*parts, replace(whole, needs=(*whole.needs, *(p.name for p in parts)))] if len(parts) > 1 else [whole]
 
 def _parts(e, whole, out):
     "Each run of an experiment, or each part of it; those that need what the first of a run trains wait for it."

@@ -31,7 +31,7 @@ from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from .clustering import ClassHierarchy, check_one_level, palette, sub_confusion
 from .confusion import check_confusion, distance_matrix
 from .families import Job, bar_over, fit_networks
-from .hierarchical import HierarchicalClassifier, class_scores, price
+from .hierarchical import HierarchicalClassifier, class_scores, price, routing_shares
 from .learners import accuracy_on, as_view, check_classes, class_counts, class_view, held_out_confusion, input_shape, probabilities, recipe
 from .linkage import average_linkage
 from .memory import family_memory, network_memory
@@ -463,8 +463,7 @@ def _flat_cost(net, n_classes, shape): return price([net]) | dict(MACs=network_m
 
 def _routed_macs(model, dl):
     "Multiplications for one image, on average over the clusters that the images are sent to."
-    sent = np.bincount(model.cluster_proba(dl).argmax(1), minlength=model.hierarchy.n_clusters)
-    return family_memory(model, routing=sent/sent.sum()).macs['one image', 'separate']
+    return family_memory(model, routing=routing_shares(model, dl)).macs['one image', 'separate']
 
 # %% ../nbs/60_selection.ipynb #75a34922
 def chosen_specs(
@@ -598,7 +597,7 @@ def plot_mix(
     if ax is None: ax = plt.subplots(figsize=(7, .9 + .3*len(names)), layout='constrained')[1]
     for i, way in enumerate(ways):
         times = [(picks[way] == name).sum() for name in names]
-        ax.barh(np.arange(len(names)) + (i - (len(ways)-1)/2)*.8/len(ways), times, height=.8/len(ways), color=palette[i], label=way)
+        ax.barh(np.arange(len(names)) + (i - (len(ways)-1)/2)*.8/len(ways), times, height=.8/len(ways), color=palette[i%len(palette)], label=way)
     ax.set(yticks=range(len(names)), yticklabels=names, xlabel='clusters for which the network is chosen')
     ax.invert_yaxis()
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -390,6 +390,8 @@ class Balanced(nn.Module):
         counts,        # training images of each class, (K,)
     ):
         super().__init__()
+        if none := [k for k, n in enumerate(counts) if not n]:
+            raise ValueError(f"there is no training image of class {', '.join(map(str, none))}: what isn't there can't be balanced")
         self.net = net
         self.register_buffer('log_shares', (torch.as_tensor(counts)/sum(counts)).log())
     def forward(self, x): return self.net(x) + self.log_shares if self.training else self.net(x)

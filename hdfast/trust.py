@@ -10,6 +10,7 @@ __all__ = ['temper', 'negative_log_likelihood', 'fit_temperature', 'reliability'
 
 # %% ../nbs/57_trust.ipynb #57a00004
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 import numpy as np
 import pandas as pd
 import torch
@@ -79,7 +80,7 @@ def plot_reliability(
     "Accuracy against confidence, a line for each table, points as large as their bins are full; bins with less than 0.5 % aren't drawn."
     ax = ax or plt.subplots(figsize=(4.2, 4), layout='constrained')[1]
     ax.plot([0, 1], [0, 1], color='#999999', lw=1, ls='--')
-    for (name, t), colour in zip(tables.items(), palette):
+    for (name, t), colour in zip(tables.items(), cycle(palette)):
         t = t[t.share >= .005]
         ax.plot(t.confidence, t.accuracy, color=colour, lw=1, label=name)
         ax.scatter(t.confidence, t.accuracy, 4 + 200*t.share, color=colour, alpha=.7, lw=0)
@@ -315,7 +316,7 @@ def plot_stop_curve(
 ):           # the axes
     "Accuracy of the classes that are named, against the share of images for which one is."
     ax = ax or plt.subplots(figsize=(5, 3.6), layout='constrained')[1]
-    for (name, c), colour in zip(curves.items(), palette): ax.plot(100*c.coverage, 100*c['class accuracy'], color=colour, label=name)
+    for (name, c), colour in zip(curves.items(), cycle(palette)): ax.plot(100*c.coverage, 100*c['class accuracy'], color=colour, label=name)
     ax.set(xlabel='images that are given a class, %', ylabel='right among these, %', xlim=(0, 100))
     ax.spines[['top', 'right']].set_visible(False)
     ax.legend(fontsize=8, frameon=False)

@@ -744,3 +744,10 @@ def test_arrays_are_told_from_tensors():
 
 def test_no_pixel_is_no_size(tmp_path):
     with pytest.raises(ValueError, match='at least one pixel a side, not 0'): decode(write_images(tmp_path/'a', 2), 0)
+
+
+def test_two_writers_of_one_process_do_not_share_a_path(tmp_path):
+    with datasets.atomically(tmp_path/'f') as a, datasets.atomically(tmp_path/'f') as b:
+        assert a != b
+        for path, text in ((a, '1'), (b, '2')): path.write_text(text)
+    assert (tmp_path/'f').read_text() == '1' and [f.name for f in tmp_path.iterdir()] == ['f'] # the last to end

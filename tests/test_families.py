@@ -92,6 +92,29 @@ def test_the_precision_is_part_of_the_key(dls):
     assert len({network_key(Job(dls, 'CNN_3'), replace(HOW['paper'], precision=p)) for p in ('float32', 'bfloat16')}) == 2
 
 
+def test_the_key_knows_whether_samples_are_shuffled_and_how_products_are_made(dls):
+    key = lambda: network_key(Job(dls, 'CNN_3'), HOW['paper'])
+    keys, shuffle, precision = [key()], dls.train.shuffle, torch.get_float32_matmul_precision()
+    try:
+        dls.train.shuffle = False
+        keys.append(key())
+        torch.set_float32_matmul_precision('medium')
+        keys.append(key())
+    finally:
+        dls.train.shuffle = shuffle
+        torch.set_float32_matmul_precision(precision)
+    assert len({*keys}) == 3 and key() == keys[0]
+
+
+def test_features_are_made_where_the_body_is(dls):
+    "and not where the images are"
+    body, images = nn.Sequential(nn.Conv2d(3, 2, 3)).to('meta'), torch.zeros(5, 3, 8, 8)
+    seen = []
+    body.register_forward_pre_hook(lambda m, x: seen.append(x[0].device.type))
+    with pytest.raises(NotImplementedError): families.features(body, images, torch.Tensor.float) # nothing comes back from there
+    assert seen == ['meta']
+
+
 def test_numbers_of_numpy_and_torch_are_told_apart_in_the_key(dls):
     keys = [network_key(Job(dls, 'CNN_3'), replace(HOW['paper'], lr=lr)) for lr in (np.float32(.1), np.float32(.01), torch.tensor(.5), torch.tensor(.25), np.float64(.1), .1)]
     assert len({*keys}) == 5 and keys[4] == keys[5]

@@ -20,7 +20,7 @@ import hdfast.learners as learners
 from hdfast.clustering import cluster_classes, hierarchy_from_groups
 from hdfast.datasets import HELD_OUT, TRAIN, ImageSet, synthetic
 from hdfast.families import Job, feature_dataloaders, fit_network, network_key, save_weights
-from hdfast.learners import (RECIPES, ImageDL, ImageView, Normalization, ViewDataLoaders, build_network, class_counts, class_view, cluster_view, cnn_learner, computed_in, cnn_tl_learner, crop_flip, held_out_confusion, is_shuffled,
+from hdfast.learners import (RECIPES, ImageDL, training_loader, ImageView, Normalization, ViewDataLoaders, batch_sizes, build_network, class_counts, class_view, cluster_view, cnn_learner, computed_in, cnn_tl_learner, crop_flip, held_out_confusion, is_shuffled,
                              mlp_learner, network_learner, probabilities, recipe)
 
 one_epoch = recipe('one_cycle', epochs=1)
@@ -196,7 +196,26 @@ def test_batches_are_no_larger_than_the_samples_and_drop_none(n_train, bs):
     labels, split = torch.zeros(n_train + 2, dtype=torch.long), torch.tensor([TRAIN]*n_train + [HELD_OUT]*2, dtype=torch.int8)
     dls = ImageSet('x', torch.zeros(n_train + 2, 3, 4, 4, dtype=torch.uint8), labels, ('only',), split).dataloaders(bs=bs, device='cpu')
     sizes = [len(y) for _, y in dls.train]
-    assert sum(sizes) == n_train and len(sizes) == len(dls.train) and max(sizes) == dls.train.bs == min(bs, n_train)
+    assert sizes == batch_sizes(n_train, bs) and len(sizes) == len(dls.train) and dls.train.bs == min(bs, n_train)
+
+
+@given(n=st.integers(0, 2000), bs=st.integers(1, 300))
+def test_batches_are_few_and_equal(n, bs):
+    sizes = batch_sizes(n, bs)
+    assert sum(sizes) == n and len(sizes) == -(-n//bs) and sizes == sorted(sizes, reverse=True) and (not n or max(sizes) <= bs and max(sizes) - min(sizes) <= 1)
+
+
+def test_no_batch_of_fastais_own_loaders_is_a_remainder(image_folder):
+    dls = ImageDataLoaders.from_folder(image_folder, valid_pct=.2, seed=1, item_tfms=Resize(16), bs=32, device='cpu', num_workers=0)
+    n = len(dls.train_ds)
+    sizes = [len(y) for _, y in training_loader(dls, n - 1, 0)] # one image would be left over
+    assert sum(sizes) == n and len(sizes) == 2 and max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize('n', [np.int64(3), np.int32(3)])
+def test_numbers_of_numpy_are_numbers(dls, n):
+    assert type(recipe('paper', epochs=n, bs=n).bs) is int
+    assert training_loader(dls, n, np.int64(3)).rng.random() == training_loader(dls, n, 3).rng.random()
 
 
 @pytest.mark.parametrize('n', [1, 5])

@@ -16,7 +16,7 @@ from hdfast.hierarchical import HierarchicalClassifier, combine
 from hdfast.learners import probabilities, recipe
 from hdfast.networks import Conv, NetworkSpec, Stage, network_spec
 from hdfast.memory import family_memory
-from hdfast.trunk import (SLIM, TRUNKS, WIDE, ClassLikelihood, FusedHeads, TrunkClassifier, TrunkSpec, features_shape, flat_network, multiplications, normed_trunk, re_estimate,
+from hdfast.trunk import (SLIM, TRUNKS, WIDE, Balanced, ClassLikelihood, FusedHeads, TrunkClassifier, TrunkSpec, features_shape, flat_network, multiplications, normed_trunk, re_estimate,
                           shared_trunk, trunk_spec)
 
 net_spec = NetworkSpec('little', [Stage([Conv(3, 8)]), Stage([Conv(3, 8)])])
@@ -339,3 +339,7 @@ def test_a_teacher_may_be_of_bfloat16(taxonomy, dls):
 def test_a_kind_of_ones_own_can_be_loaded_as_what_it_is_or_as_what_it_comes_from(model, tmp_path):
     folder = model.save(tmp_path/'m')
     assert type(HierarchicalClassifier.load(folder)) is TrunkClassifier and type(Mine.load(folder)) is Mine
+
+
+def test_what_has_no_training_image_cannot_be_balanced():
+    with pytest.raises(ValueError, match='no training image of class 1, 3'): Balanced(nn.Identity(), [3, 0, 2, 0])
