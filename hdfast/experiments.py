@@ -218,13 +218,14 @@ def save_figure(
         with plt.rc_context({'svg.hashsalt': name}), atomically(file) as part: fig.savefig(part, format=file.suffix[1:], **more)
     return files
 
-# %% ../nbs/80_experiments.ipynb #864e58e5
+# %% ../nbs/80_experiments.ipynb #864e58f0
 def _how_to_make(name, out):
     "The command that makes a result, behind what is missing; nothing for other names than an experiment's."
     profiles = EXPERIMENTS[name].profiles if name in EXPERIMENTS else {}
     profile = next((p for p in ('paper', 'cpu', 'smoke') if p in profiles), None)
     return f"; `hdfast reproduce --profile {profile} --only {name} --out {out}` makes it" if profile else ''
 
+# %% ../nbs/80_experiments.ipynb #864e58e5
 def load_result(
     out,      # folder that `save_result` wrote to
     name:str, # of the experiment
@@ -375,7 +376,7 @@ EXPERIMENTS = {e.name: e for e in [
 # %% ../nbs/80_experiments.ipynb #c8651414
 _paper = ["the paper's hierarchy", "the paper's hierarchy, adaptive"]
 def _pair(trunk): return [f'{trunk}, tied', f'{trunk}, one cluster'] # a hierarchy and its flat control
-_normed, _slim, _wide, _dropped = (_pair(f'{trunk}batch norm{drop}') for trunk, drop in (('', ''), ('slim trunk, ', ''), ('wide trunk, ', ''), ('wide trunk, ', ', drop')))
+_normed, _slim, _wide, _dropped = map(_pair, ('batch norm', 'slim trunk, batch norm', 'wide trunk, batch norm', 'wide trunk, batch norm, drop'))
 _repeated = [*_normed, 'CNN_1, batch norm']                            # and what CNN_1 gains by it
 _twins = [*(f'{name}, other seed' for name in _normed), f'{_normed[0]}, max_size 10'] # for averages
 _balanced = [f'{name}, balanced' for name in _normed]                  # where classes differ in size
