@@ -260,7 +260,9 @@ def caption(
     torches = ' and '.join(dict.fromkeys(x['versions']['torch'] for x in makers(m)))
     rule = p.get('recipe_name', p.get('how', 'paper'))
     times = [f"{p['runs']} run(s) of {p['epochs']} epochs, recipe {rule}"] if 'runs' in p else [f"{p['repeats']} repeats"] if 'repeats' in p else []
-    return ', '.join([f"profile {m['profile']}", *times, m['device'], m.get('arithmetic', 'float32'), f'torch {torches}', f"commit{'s'*('earlier' in m)} {commits(m)}"])
+    arithmetic = m.get('arithmetic', 'float32')
+    if p.get('family') == 'mlp': arithmetic = arithmetic.split('; convolutional')[0] # there are none
+    return ', '.join([f"profile {m['profile']}", *times, m['device'], arithmetic, f'torch {torches}', f"commit{'s'*('earlier' in m)} {commits(m)}"])
 
 # %% ../nbs/80_experiments.ipynb #80c1a006
 def earlier_runs(

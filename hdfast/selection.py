@@ -433,11 +433,11 @@ def choice_scores(
 def verdict(
     scores, # from `choice_scores`: column 'accuracy', rows 'learned', 'most frequent', 'random' and 'oracle'
 ) -> str:   # a sentence
-    "Whether the learned choice beats the most frequent one."
+    "By how much the learned choice is above the most frequent one, or below it."
     learned, frequent, random, oracle = (100*scores.accuracy[way] for way in ('learned', 'most frequent', 'random', 'oracle'))
-    how = 'beats' if learned > frequent + 1e-9 else 'only equals' if learned > frequent - 1e-9 else 'does not beat'
-    return (f"The learned choice {how} the most frequent one on clusters that it hasn't seen: {learned:.2f} % against {frequent:.2f} %, "
-            f"with {random:.2f} % for a random choice and {oracle:.2f} % for the best on each.")
+    gap = round(learned - frequent, 2)
+    held = f'{abs(gap):.2f} points {"above" if gap > 0 else "below"} the most frequent one' if gap else 'level with the most frequent one'
+    return f"On clusters that it hasn't seen the learned choice gets {learned:.2f} % right, {held}; a random choice gets {random:.2f} %, the best on each {oracle:.2f} %."
 
 # %% ../nbs/60_selection.ipynb #6672ca74
 def choice_rows(

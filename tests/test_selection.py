@@ -368,7 +368,7 @@ def test_choices_among_some_of_the_candidates():
     assert choices(trials, pair[:1], Nearest()).oracle.tolist() == ['MLP_4']*2
 
 
-@pytest.mark.parametrize('learned, said', [(.7, 'beats'), (.6, 'only equals'), (.5, 'does not beat')])
+@pytest.mark.parametrize('learned, said', [(.7, '10.00 points above the'), (.6, 'level with the'), (.5, '10.00 points below the')])
 def test_the_verdict_says_it_plainly(learned, said):
     assert said in verdict(pd.DataFrame({'accuracy': {'oracle': .8, 'learned': learned, 'most frequent': .6, 'random': .55}}))
 
