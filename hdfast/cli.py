@@ -104,8 +104,8 @@ def _check_settings(size, gamma, clusters, seed, networks):
     from hdfast.networks import network_spec
     for name in networks: network_spec(name)
     if size is not None and size < 1: raise ValueError(f'--size {size}: images need at least one pixel')
-    if gamma is not None and not gamma > 0:
-        raise ValueError(f'--gamma {gamma:g}: it must be positive; leave it out for clusters that do not overlap')
+    if gamma is not None and not 0 < gamma < float('inf'):
+        raise ValueError(f'--gamma {gamma:g}: it must be positive and finite; leave it out for clusters that do not overlap')
     if clusters is not None and clusters < 1: raise ValueError(f'--clusters {clusters}: ask for at least 1')
     if not 0 <= seed < 2**32: raise ValueError(f'--seed {seed}: it must be 0 or more, and less than 2 to the power of 32')
 
@@ -123,8 +123,8 @@ def _check_out(out, folder):
 # %% ../nbs/90_cli.ipynb #1ab44b87
 def _images(folder, size, seed, skip_corrupt, clusters):
     "The `ImageSet` of a folder or a named set; ValueError if there is too little in it."
-    from hdfast.datasets import IMAGE_SETS, image_set
-    own = {} if folder in IMAGE_SETS else {'skip_corrupt': skip_corrupt}
+    from hdfast.datasets import image_set
+    own = {} if folder == 'synthetic' else {'skip_corrupt': skip_corrupt} # which are made, and can all be read
     if size is not None: own['size'] = size
     try:
         with _bars(): images = image_set(folder, seed=seed, **own)
@@ -191,17 +191,16 @@ def _train(dls, spec, how, seed, name, cache):
     return families.fit_network(dls, spec, how, seed, name, cache, on_epoch=_epoch_reporter(how.epochs))
 
 # %% ../nbs/90_cli.ipynb #728c27e1
-def _cluster(net, dls, form, clusters, gamma, out):
-    "The hierarchy from the flat net's confusion on the held-out slice; written to `out` and printed."
+def _cluster(net, dls, form, clusters, gamma):
+    "The flat net's confusion on the held-out slice, and the hierarchy from it, which is printed."
     from hdfast import learners
     from hdfast.clustering import cluster_classes, cluster_into
     C = learners.held_out_confusion(net, dls)
     if clusters is None and form.max_size: h = cluster_classes(C, min(form.max_size, -(-len(C)//2)), gamma, dls.vocab)
     else: h = cluster_into(C, clusters, gamma, dls.vocab)
-    _write_clusters(C, h, out)
     print(h, flush=True)
     if clusters and h.n_clusters != clusters: print(f'      ({clusters} clusters were wanted; no limit on their size comes nearer)', flush=True)
-    return h
+    return C, h
 
 # %% ../nbs/90_cli.ipynb #3b1e0477
 def _write_clusters(C, h, out):
@@ -226,7 +225,10 @@ class _Apart:
     recipe, max_size = 'paper', None
     @property
     def networks(self): return {'router': self.router, 'experts': self.expert}
-    def said(self, n): return f'router {self.router}, {n} experts {self.expert}'
+    def said(self, h):
+        many = [q for q in h.clusters if len(q) > 1]
+        seen = sum(map(len, many))/h.n_classes # by experts, of each image in an epoch
+        return f'router {self.router}, {len(many)} experts {self.expert}' + f'; they overlap, so their training takes {seen:.1f} times as long as was said above'*(seen > 1)
     def fit(self, dls, h, how, seed, cache):
         "Train the router, with its epochs shown, and then the experts."
         from hdfast.hierarchical import HierarchicalClassifier
@@ -249,7 +251,7 @@ class _OneTrunk:
         from hdfast.networks import network_spec
         from hdfast.trunk import TRUNKS
         return {'trunk': TRUNKS.get(self.trunk) or network_spec(self.trunk)}
-    def said(self, n): return f'router and {n} experts on the convolutions of {self.trunk}'
+    def said(self, h): return f'router and {sum(len(q) > 1 for q in h.clusters)} experts on the convolutions of {self.trunk}'
     def fit(self, dls, h, how, seed, cache):
         from hdfast.trunk import TrunkClassifier
         return TrunkClassifier(h, self.spec, how, seed).fit(dls, cache, on_epoch=_epoch_reporter(how.epochs))
@@ -320,11 +322,13 @@ def _decompose(images, dls, how, out, clusters, gamma, flat, form, seed):
     print(f'[2/5] Flat network {flat}', flush=True)
     net = _train(dls, flat, how, seed, 'the flat network', cache)
     print('[3/5] Clusters of classes that it takes for each other', flush=True)
-    h = _cluster(net, dls, form, clusters, gamma, out)
-    n = sum(len(q) > 1 for q in h.clusters)
-    print(f'[4/5] Hierarchy: {form.said(n)}', flush=True)
+    C, h = _cluster(net, dls, form, clusters, gamma)
+    earlier = (out/'model').exists() # then its hierarchy stays until there is a new model to go with a new one
+    if not earlier: _write_clusters(C, h, out)
+    print(f'[4/5] Hierarchy: {form.said(h)}', flush=True)
     model = form.fit(dls, h, how, seed, cache)
     print('[5/5] Comparison on the test images', flush=True)
+    if earlier: _write_clusters(C, h, out)
     _compare(model, dls, net, out)
     about_it = dict(images=images.name, fingerprint=images.fingerprint(), flat=flat)
     model.save(out/'model', about_it | provenance('decompose', dls.device))
@@ -360,9 +364,11 @@ def _files(paths):
 # %% ../nbs/90_cli.ipynb #fde2fb66
 def _read(file, size):
     "An image, uint8 (3, size, size), or a message that says why there is none."
+    from PIL import Image
     from hdfast.datasets import decode_image
     try: return decode_image(file, size)
     except MemoryError: raise
+    except (ValueError, Image.DecompressionBombError) as e: return f'{file}: {e}'
     except Exception as e: return f"{file}: {getattr(e, 'strerror', None) or 'no readable image'}"
 
 # %% ../nbs/90_cli.ipynb #8869c752
@@ -373,7 +379,7 @@ def _answers(model, images, top):
     h = model.hierarchy
     k = h.n_clusters if isinstance(getattr(model, 'model', model), TrunkClassifier) else 1 # a calibrated one has a model
     clusters, probs = model._clusters_and_classes(torch.from_numpy(np.stack(images)), k)
-    if k == 1: probs = clusters.max(1, keepdims=True)*probs
+    if k == 1: probs = (clusters @ h.holds)*probs # it is one of a cluster's classes only if the image is of one that holds it
     best = probs.argsort(1)[:, ::-1][:, :top]
     holding = lambda c: [q for q, members in enumerate(h.clusters) if c in members]
     named = lambda row, ids: [(h.classes[c], round(float(row[c]), 6)) for c in ids if row[c] > 0] # 0 outside the clusters that were asked

@@ -616,11 +616,12 @@ def _untarred(url, aside):
 def cifar100(
     size:int=32, # side in pixels
     held_out:float=0.1, # share of each class's training images
-    seed:int=0
+    seed:int=0,
+    skip_corrupt:bool=False # leave out files that can't be read
 ) -> ImageSet: # with its 20 superclasses
     "CIFAR-100 (https://www.cs.toronto.edu/~kriz/cifar.html), from fastai's copy, with its own test part."
     folder = _fastai_folder(URLs.CIFAR_100, 'cifar100')
-    return image_folder(folder, size, held_out=held_out, seed=seed, name='cifar100')
+    return image_folder(folder, size, held_out=held_out, seed=seed, skip_corrupt=skip_corrupt, name='cifar100')
 
 # %% ../nbs/00_datasets.ipynb #9389dc3c
 def _folded(s, i, folds, held_out, seed):
@@ -633,11 +634,12 @@ def caltech101(
     fold:int|None=0, # which fold is the test part; None: one split, a fifth for test
     folds:int=6,
     held_out:float=0.1, # share of each class's remaining images
-    seed:int=0
+    seed:int=0,
+    skip_corrupt:bool=False # leave out files that can't be read
 ) -> ImageSet:
     "CalTech-101 (https://data.caltech.edu/records/mzrjq-6wc02), from fastai's copy: 102 classes with the background."
     folder = _fastai_folder(URLs.CALTECH_101, 'caltech_101')
-    s = image_folder(folder, size, held_out=held_out, seed=seed, name='caltech101')
+    s = image_folder(folder, size, held_out=held_out, seed=seed, skip_corrupt=skip_corrupt, name='caltech101')
     return _folded(s, fold, folds, held_out, seed)
 
 # %% ../nbs/00_datasets.ipynb #88e3d473
@@ -655,13 +657,14 @@ def caltech256(
     fold:int|None=0, # which fold is the test part; None: one split, a fifth for test
     folds:int=6,
     held_out:float=0.1, # share of each class's remaining images
-    seed:int=0
+    seed:int=0,
+    skip_corrupt:bool=False # leave out files that can't be read
 ) -> ImageSet:
     "CalTech-256 (https://data.caltech.edu/records/nyy15-4j048): 257 classes with the clutter."
     folder = Path(path).expanduser() if path else fastai_path('data')/'caltech256'/'256_ObjectCategories'
     try: _fetched(folder, _CALTECH256_URL, _get_caltech256)
     except FileNotFoundError as e: raise ImagesAbsent(e) from e
-    s = image_folder(folder, size, held_out=held_out, seed=seed, name='caltech256', only='*.jpg')
+    s = image_folder(folder, size, held_out=held_out, seed=seed, skip_corrupt=skip_corrupt, name='caltech256', only='*.jpg')
     return _folded(s, fold, folds, held_out, seed)
 
 # %% ../nbs/00_datasets.ipynb #fe842897

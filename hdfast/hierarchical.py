@@ -459,11 +459,11 @@ def _load_state(self:HierarchicalClassifier, state, prefix=''):
 
 # %% ../nbs/50_hierarchical.ipynb #71f9eaee
 @contextmanager
-def _intact(file):
-    "The file; what comes up in reading it becomes a ValueError that names it."
+def _intact(file, or_else=''):
+    "The file; what comes up in reading it becomes a ValueError that names it, and says what else it may be."
     try: yield file
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{file} is damaged: {e!r}") from e
+        raise ValueError(f"{file} is damaged{or_else}: {e!r}") from e
 
 # %% ../nbs/50_hierarchical.ipynb #71f9eaef
 @patch(cls_method=True)
@@ -478,7 +478,11 @@ def load(cls:HierarchicalClassifier,
     for name in ('classifier.json', 'model.safetensors'):
         if not (folder/name).is_file(): raise FileNotFoundError(f"{folder} has no {name}: it isn't a saved classifier")
     with _intact(folder/'model.safetensors') as file: state = load_file(file)
-    with _intact(folder/'classifier.json') as file: return cls._read(json.loads(file.read_text(encoding='utf-8')), state)
+    with _intact(folder/'classifier.json') as file:
+        about = json.loads(file.read_text(encoding='utf-8'))
+        writer = about.get('versions', {}).get('hdfast')
+    by_another = f', or not for this version of hdfast (it was written by {writer}, this is {__version__})' if writer != __version__ else ''
+    with _intact(file, by_another): return cls._read(about, state)
 
 def _kind(cls, format):
     "The class, `cls` or one derived from it, whose folders have a format."

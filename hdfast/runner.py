@@ -21,12 +21,12 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import format_time
 from filelock import FileLock, Timeout
 from .experiments import EXPERIMENTS, Experiment, device_name, pages_folder, repository, write_aside
-from .families import code_version
+from .families import code_hash
 from .summary import ITEMS, write_summary
 
 # %% ../nbs/85_runner.ipynb #68517a84
-try: import psutil
-except ImportError: psutil = None # comes with the extra hdfast[reproduce], as papermill does
+try: import psutil, yaml
+except ImportError: psutil = None # both come with the extra hdfast[reproduce], as papermill does
 
 # %% ../nbs/85_runner.ipynb #fe467031
 def page_parameters(
@@ -130,11 +130,12 @@ def page_version(
 ) -> str:
     "A hash of the code that a page runs: its cells, the modules of hdfast below them, and the paper's numbers."
     cells = '\n'.join(''.join(c['source']) for c in json.loads(Path(page).read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code')
-    todo, found, package = _imported(cells), set(), Path(hdfast.__file__).parent
+    todo, found, package = _imported(cells), {}, Path(hdfast.__file__).parent
     while todo:
-        found.add(name := todo.pop())
-        todo |= _imported((package/f'{name}.py').read_text(encoding='utf-8')) - found
-    texts = [cells, code_version(*sorted(found)), (pages_folder/'paper.json').read_text(encoding='utf-8')]
+        name = todo.pop()
+        found[name] = (package/f'{name}.py').read_text(encoding='utf-8') # as a page imports it now, not as the runner has
+        todo |= _imported(found[name]) - found.keys()
+    texts = [cells, code_hash(*(found[name] for name in sorted(found))), (pages_folder/'paper.json').read_text(encoding='utf-8')]
     return hashlib.sha256('\0'.join(texts).encode()).hexdigest()[:16]
 
 def _imported(source): return set(re.findall(r'^from (?:hdfast)?\.(\w+) import', source, re.M))
@@ -142,17 +143,17 @@ def _imported(source): return set(re.findall(r'^from (?:hdfast)?\.(\w+) import',
 # %% ../nbs/85_runner.ipynb #52bc38c3
 def _result(task): return Path(task.parameters['out'])/f"{task.parameters['name']}.json"
 def _receipt(task, out): return Path(out)/'pages'/f'{task.name}.json'
-def _digest(files): return hashlib.sha256(b''.join(f.name.encode() + hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest()
+def _digest(file): return hashlib.sha256(file.read_bytes()).hexdigest()
 
 def _made_with(task, out, device):
-    "What a page is executed with: its parameters, its code, the device, and what it builds on."
-    sources = {name: _digest(f for f in [Path(out)/f'{name}.json'] if f.exists()) for name in task.sources}
-    return dict(parameters=task.parameters, code=page_version(task.page), device=device, sources=sources)
+    "What a page is executed with: its parameters, its code, the kind of device, and what it builds on."
+    sources = {name: _digest(file) if (file := Path(out)/f'{name}.json').exists() else None for name in task.sources}
+    return dict(parameters=task.parameters, code=page_version(task.page), device=device.split(':')[0], sources=sources)
 
 def _written(task):
     "All files of a page's result, the backbone that it keeps among them."
     backbone = Path(task.parameters['out'])/'backbones'/task.parameters['name']
-    return _files_of(_result(task)) + sorted(f for f in backbone.glob('*') if not f.name.startswith('.'))
+    return _files_of(_result(task)) + sorted(f for f in backbone.glob('*') if f.is_file() and not f.name.startswith('.'))
 
 def finished(
     task:Task,
@@ -160,9 +161,11 @@ def finished(
     device:str,  # such as 'cpu' or 'cuda'
 ) -> bool:
     "Whether the result is there, as it was written, and was made by the same code, from the same results, with the same parameters, on such a device."
-    try: receipt = json.loads(_receipt(task, out).read_text(encoding='utf-8'))
-    except (OSError, ValueError): return False
-    return receipt == _made_with(task, out, device) | dict(result=_digest(_written(task)))
+    try:
+        receipt = json.loads(_receipt(task, out).read_text(encoding='utf-8'))
+        written = receipt.pop('written')
+        return receipt == _made_with(task, out, device) and all(_digest(_result(task).parent/f) == digest for f, digest in written.items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError): return False # something is missing, is being written just now, or is no receipt
 
 # %% ../nbs/85_runner.ipynb #77e796ac
 _papermill = """import os, threading
@@ -174,10 +177,10 @@ class PageProcess:
     "papermill at work on a page."
     def __init__(self, task, copy, environment):
         self.task = task
-        inputs = copy.with_suffix('.yaml') # JSON is YAML
-        write_aside(inputs, json.dumps(task.parameters))
+        inputs, braced = copy.with_suffix('.yaml'), lambda path: re.sub('[{}]', r'\g<0>\g<0>', str(path)) # papermill takes {name} in a path for a parameter
+        write_aside(inputs, yaml.safe_dump(task.parameters, allow_unicode=True, sort_keys=False))
         options = ['-f', inputs, '-k', 'python3', '--cwd', copy.parent, '--no-progress-bar', '--log-level', 'ERROR', '--stdout-file', '-']
-        self.process = subprocess.Popen([sys.executable, '-u', '-c', _papermill, task.page, copy, *options], env=os.environ | environment,
+        self.process = subprocess.Popen([sys.executable, '-u', '-c', _papermill, braced(task.page), braced(copy), *options], env=os.environ | environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors='replace', start_new_session=True)
 
 # %% ../nbs/85_runner.ipynb #3cf841b2
@@ -258,7 +261,7 @@ def _files_of(file):
     "All files of a result, without those of experiments whose names begin alike."
     begins = lambda f, name: f.stem == name or f.stem.startswith(f'{name}_')
     others = [n for n in EXPERIMENTS if n.startswith(f'{file.stem}_')]
-    return sorted(f for f in file.parent.glob(f'{file.stem}*') if f.suffix != '.lock' and begins(f, file.stem) and not any(begins(f, n) for n in others))
+    return sorted(f for f in file.parent.glob(f'{file.stem}*') if f.is_file() and f.suffix != '.lock' and begins(f, file.stem) and not any(begins(f, n) for n in others))
 
 def _check_result(task, before):
     "PageFailure unless the page has written a result, after `before`, that holds."
@@ -292,10 +295,10 @@ class Runner:
         (self.out/'pages'/'parts').mkdir(parents=True, exist_ok=True)
 
 # %% ../nbs/85_runner.ipynb #e6360c54
-@patch(as_prop=True)
-def environment(self:Runner):
-    "What a page's process is told: the device, and with several jobs its share of the cores."
-    threads = {} if self.jobs == 1 or 'OMP_NUM_THREADS' in os.environ else {'OMP_NUM_THREADS': str(max(1, joblib.cpu_count()//self.jobs))}
+@patch
+def environment(self:Runner, task) -> dict:
+    "What a page's process is told: the device, and where others run beside it its share of the cores."
+    threads = {} if self.jobs == 1 or task.alone or 'OMP_NUM_THREADS' in os.environ else {'OMP_NUM_THREADS': str(max(1, joblib.cpu_count()//self.jobs))}
     return {'HDFAST_DEVICE': self.device, 'MPLBACKEND': 'agg', 'PYDEVD_DISABLE_FILE_VALIDATION': '1'} | threads
 
 @patch
@@ -342,15 +345,17 @@ def execute(self:Runner, task:Task):
     except PageFailure as e: raise PageFailure('stopped') if self.stopped else type(e)(f'{e}; see {copy}') from None
     os.replace(copy, copy.with_name(f'{task.name}.ipynb'))
     copy.with_suffix('.yaml').unlink()
-    receipt = made_with | dict(result=_digest(_written(task)))
-    write_aside(_receipt(task, self.out), json.dumps(receipt, indent=1))
+    same_code = page_version(task.page) == made_with['code'] # else it was edited meanwhile, and nobody knows which of it ran
+    receipt = made_with | dict(written={f.relative_to(_result(task).parent).as_posix(): _digest(f) for f in _written(task)})
+    if same_code: write_aside(_receipt(task, self.out), json.dumps(receipt, indent=1))
+    else: self.say(f'{task.name}: its code was edited while it ran, so the same command will run it again')
     if fresh: self.record(task, time.time() - start)
 
 @patch
 def attempt(self:Runner, task, copy, tries=3) -> tuple:
     "Exit status and standard error of a page, started anew where its kernel ended before the first cell."
     for _ in range(tries):
-        status, errors = self.attend(PageProcess(task, copy, self.environment))
+        status, errors = self.attend(PageProcess(task, copy, self.environment(task)))
         if self.stopped or _UNBORN not in errors: break
     return status, errors
 
@@ -391,10 +396,11 @@ def forecast(self:Runner,
 ) -> str:    # such as 'about 12:30 left'
     "How long the rest takes, by the times of earlier runs."
     known = self.timings()
-    seconds = [known[self.key(t)] for t in tasks if self.key(t) in known]
-    rest = f', without {n} page(s) never timed here' if (n := len(tasks) - len(seconds)) else ''
-    if not seconds: return 'time left unknown' if tasks else 'nothing left'
-    return f'about {format_time(max(max(self.chains(tasks, 0).values()), sum(seconds)/self.jobs))} left{rest}'
+    timed = [(t.alone, known[self.key(t)]) for t in tasks if self.key(t) in known]
+    rest = f', without {n} page(s) never timed here' if (n := len(tasks) - len(timed)) else ''
+    if not timed: return 'time left unknown' if tasks else 'nothing left'
+    together = sum(s if alone else s/self.jobs for alone, s in timed)
+    return f'about {format_time(max(max(self.chains(tasks, 0).values()), together))} left{rest}'
 
 # %% ../nbs/85_runner.ipynb #9eae8626
 @patch
@@ -417,7 +423,7 @@ def run_all(self:Runner,
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     t = running.pop(future)
                     found[t.name] = e if (e := future.exception()) else future.result()
-                    self.tell(t, found, tasks)
+                    self.tell(t, found, len(tasks), left)
                     order.done(t.name)
                     ready += self.unblocked(order, names, found)
         except BaseException: # Ctrl-C, or nobody reads any more what is said
@@ -470,11 +476,11 @@ def unblocked(self:Runner, order, names, found) -> list:
 
 # %% ../nbs/85_runner.ipynb #01ec3cf5
 @patch
-def tell(self:Runner, task, found, tasks):
-    "Say how a task ended, and how much is left."
-    result, left = found[task.name], [t for t in tasks if t.name not in found]
+def tell(self:Runner, task, found, n, unfinished):
+    "Say how a task of `n` ended, and how much is left of those that were unfinished at the beginning."
+    result, left = found[task.name], [t for t in unfinished if t.name not in found]
     how = _ended(result) if isinstance(result, Exception) else f'done in {format_time(self.seconds.get(task.name, 0))}'
-    self.say(f'[{len(found)}/{len(tasks)}] {task.name}: {how}; {self.forecast(left)}')
+    self.say(f'[{len(found)}/{n}] {task.name}: {how}; {self.forecast(left)}')
 
 def _ended(e): return _last_line(e) if isinstance(e, NotRunHere) else f'failed: {_last_line(e)}'
 

@@ -218,7 +218,9 @@ def lines_of(
     made = about['provenance']
     told = dict(profile=made['profile'], device=made['device'], commit=commits(made), arithmetic=_arithmetic(about), wall_seconds=about.get('wall_seconds'),
                 git_sha=made['git_sha'], git_dirty=made['git_dirty'], versions=', '.join(f'{k} {v}' for k, v in made.get('versions', {}).items()))
-    return [dict(item=item.name, experiment=name, **_marked(line, item, name, about), **told if 'ours' in line else {}) for line in _lines(item, name, table, about, out)]
+    try: lines = [*_lines(item, name, table, about, out)]
+    except (LookupError, TypeError) as e: raise ValueError(f"{Path(out)/name}.csv isn't what this version of hdfast writes ({e!r}): `hdfast reproduce` makes it again") from e
+    return [dict(item=item.name, experiment=name, **_marked(line, item, name, about), **told if 'ours' in line else {}) for line in lines]
 
 def _lines(item, name, table, about, out):
     if item.name in ('Table 14', 'Table 15', 'Table 16'): return _layers(out, name, item.name)
@@ -345,7 +347,8 @@ def write_summary(
         if picture: md.append(f'![{title}]({picture})'); html.append(f'<img src="{picture}" alt="{escape(title)}">')
         if isinstance(rest, str): md.append(f'{rest}.'); html.append(f'<p>{escape(rest)}.</p>')
         else: md.append('\n'.join(map(_markdown, [rest.columns, ['---']*len(rest.columns), *rest.values]))); html.append(rest.to_html(index=False))
-    write_aside(Path(out)/'summary.csv', lines.rename(columns={'wall_seconds': 'page_wall_seconds'}).to_csv(index=False, float_format='%.6g'))
+    counts = {c: pd.to_numeric(lines[c]).round().astype('Int64') for c in ('parameters', 'MACs')} # to the last digit
+    write_aside(Path(out)/'summary.csv', lines.assign(**counts).rename(columns={'wall_seconds': 'page_wall_seconds'}).to_csv(index=False, float_format='%.6g'))
     write_aside(Path(out)/'summary.md', '\n\n'.join(md) + '\n')
     write_aside(Path(out)/'summary.html', f'<!doctype html><meta charset="utf-8"><title>hdfast</title><style>{_style}</style>\n' + '\n'.join(html))
     return Path(out)/'summary.html'

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from hdfast import __version__, cli, datasets, experiments, hierarchical, learners, runner
 from hdfast.cli import COMMANDS, EXAMPLES, about, main
 from hdfast.clustering import ClassHierarchy, cluster_into
+from hdfast.datasets import synthetic
 from hdfast.hierarchical import HierarchicalClassifier
 from hdfast.trunk import TrunkClassifier
 from hdfast.trust import CalibratedClassifier, Temperatures
@@ -133,6 +134,42 @@ def test_decompose_of_a_named_set_without_clusters(tmp_path, monkeypatch, capsys
     assert predicted(capsys, tmp_path/'out', tmp_path/'grey.png')[0]['cluster'] == 0
 
 
+def test_corrupt_files_of_a_named_set_can_be_left_out_too(monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, 'image_folder', lambda *args, **kwargs: asked.append(kwargs['skip_corrupt']) or synthetic(n_per_class=10))
+    for f in ('_fastai_folder', '_imagenet_folder', '_drawn_classes', '_fetched', '_folded'): monkeypatch.setattr(datasets, f, lambda *args: args[0])
+    for name in (n for n in datasets.IMAGE_SETS if n != 'synthetic'): cli._images(name, None, 0, True, None)
+    assert asked == [True]*6
+    assert cli._images('synthetic', None, 0, True, None).n_classes == 24
+
+
+def test_a_run_that_is_stopped_leaves_the_results_of_an_earlier_one_together(family, image_folder, tmp_path, monkeypatch):
+    out = shutil.copytree(family, tmp_path/'family')
+    before = {f.relative_to(out): f.read_bytes() for f in out.rglob('*') if f.is_file() and f.parent.name != 'networks'}
+    def stopped(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(cli._Apart, 'fit', stopped)
+    assert main(['decompose', image_folder, '--out', out, '--clusters', 2, *[a for a in SHORT if a not in ('--clusters', 3)]]) == 130
+    assert {f: (out/f).read_bytes() for f in before} == before
+
+
+@pytest.mark.parametrize('mode, reason', [('F', 'it has 32 bits a pixel'), ('bomb', 'exceeds limit')])
+def test_predict_says_why_an_image_cannot_be_read(family, tmp_path, monkeypatch, capsys, mode, reason):
+    file = tmp_path/'picture.tiff'
+    Image.fromarray(np.zeros((20, 20), np.float32 if mode == 'F' else np.uint8)).save(file)
+    if mode == 'bomb': monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    line = refused(capsys, 'predict', family, file)
+    assert str(file) in line and reason in line
+
+
+def test_a_doubt_between_clusters_that_both_hold_a_class_is_none_about_the_class():
+    h = ClassHierarchy(['a', 'b', 'c'], [(0, 1, 2), (0, 2)], [0, 0, 1], np.array([[0, 1, .1, 2], [2, 3, .2, 3]]), 2, 3.)
+    class Undecided:
+        hierarchy = h
+        def _clusters_and_classes(self, images, k): return np.array([[.6, .4]]), np.array([[.5, .3, .2]])
+    (cluster, named), = cli._answers(Undecided(), [np.zeros((3, 4, 4), np.uint8)], 3)
+    assert cluster == 0 and named == [('a', .5), ('c', .2), ('b', .18)]
+
+
 def test_corrupt_files_stop_it_or_are_left_out(image_folder, tmp_path, capsys):
     folder = tmp_path/'pictures'
     for c in sorted(image_folder.iterdir())[:3]: shutil.copytree(c, folder/c.name)
@@ -183,7 +220,7 @@ def test_predict_is_load_and_predict(family, image_folder, capsys):
     files = sorted(image_folder.rglob('*.png'))
     model, x = HierarchicalClassifier.load(family/'model'), datasets.decode(files, 16)
     rows, classes = predicted(capsys, family, image_folder, '--top', 2), model.hierarchy.classes
-    probs = model.cluster_proba(x).max(1, keepdims=True)*model.predict_proba(x) # of the cluster and the class
+    probs = model.cluster_proba(x) @ model.hierarchy.holds * model.predict_proba(x) # of the clusters that hold a class, and of the class
     assert [r['path'] for r in rows] == list(map(str, files))
     assert [r['class'] for r in rows] == [classes[c] for c in model.predict(x)]
     np.testing.assert_allclose([r['probability'] for r in rows], probs.max(1), atol=2e-6)
@@ -336,6 +373,7 @@ BAD = {
     'size for the network': (['decompose', '{folder}', '--out', '{new}', '--size', '8'], 'CNN_1 needs images of at least 16'),
     'gamma': (['decompose', '{folder}', '--out', '{new}', '--gamma', '0'], '--gamma 0: it must be positive'),
     'gamma nan': (['decompose', '{folder}', '--out', '{new}', '--gamma', 'nan'], '--gamma nan: it must be positive'),
+    'gamma inf': (['decompose', '{folder}', '--out', '{new}', '--gamma', 'inf'], '--gamma inf: it must be positive and finite'),
     'no clusters': (['decompose', '{folder}', '--out', '{new}', '--clusters', '0'], '--clusters 0'),
     'clusters': (['decompose', '{folder}', '--out', '{new}', '--size', '16', '--clusters', '10'], "9 classes can't make 10 clusters"),
     'seed': (['decompose', '{folder}', '--out', '{new}', '--seed', '-1'], '--seed -1'),

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import hdfast.families as families
-from hdfast.families import (Job, _practise, _record, _Steps, _train_fused, _train_recorded, bar_over, code_version, feature_dataloaders, features, fit_network,
+from hdfast.families import (Job, _practise, _record, _Steps, _train_fused, _train_recorded, bar_over, code_hash, code_version, feature_dataloaders, features, fit_network,
                              fit_networks, network_key, train)
 from hdfast.learners import (Normalization, SkipValidation, ViewDataLoaders, build_network, class_view, cluster_view, computed_in, crop_flip, input_shape, network_learner,
                              recipe, training_loader)
@@ -387,27 +387,25 @@ def test_a_job_leaves_the_weights_it_starts_from_as_they_were(dls):
     assert torch.equal(first['head.fc1.bias'], torch.ones(8))
 
 
-@pytest.fixture
-def version_of(tmp_path, monkeypatch):
-    "The version of a module with this code"
-    monkeypatch.setattr(families.networks, '__file__', str(tmp_path/'networks.py'))
-    def version(code):
-        (tmp_path/'m.py').write_text(code)
-        code_version.cache_clear()
-        return code_version('m')
-    yield version
-    code_version.cache_clear()
-
-
 CODE = '"About."\nimport torch\n\ndef f(x):\n    "Twice."\n    return 2*x\n\nclass C:\n    "It."\n    async def g(self):\n        "Go."\n        return "a"\n'
 
 @pytest.mark.parametrize('old, new', [('return 2*x', 'return 2 * x # why'), ('"About."', '"Other."'), ('"Twice."', '"Double."'), ('"It."', '"That."'),
                                       ('\n\ndef', '\n\n\n# f\ndef'), ('"Go."', '"Went."')])
-def test_prose_does_not_change_the_version_of_the_code(version_of, old, new): assert version_of(CODE.replace(old, new)) == version_of(CODE)
+def test_prose_does_not_change_the_hash_of_code(old, new): assert code_hash(CODE.replace(old, new)) == code_hash(CODE)
 
 
 @pytest.mark.parametrize('old, new', [('2*x', '3*x'), ('2*x', '2*y'), ('return "a"', 'return "b"'), ('import torch', 'import numpy'), ('f(x)', 'f(x=1)')])
-def test_code_changes_the_version_of_the_code(version_of, old, new): assert version_of(CODE.replace(old, new)) != version_of(CODE)
+def test_code_changes_its_hash(old, new): assert code_hash(CODE.replace(old, new)) != code_hash(CODE)
+
+
+def test_the_hash_of_code_is_the_same_under_every_python(): assert code_hash(CODE, 'x = None') == 'fe846475c07b'
+
+
+def test_the_version_is_of_the_code_that_was_imported(tmp_path, monkeypatch):
+    before = code_version('families')
+    monkeypatch.setattr(families.networks, '__file__', str(tmp_path/'networks.py')) # as if all modules were edited
+    (tmp_path/'families.py').write_text(CODE)
+    assert code_version('families') == before != code_hash(CODE)
 
 
 def test_the_version_is_of_the_modules_that_make_networks_batches_and_steps():

@@ -563,6 +563,13 @@ def test_a_damaged_file_is_named(name, content, classifier, tmp_path):
     with pytest.raises(ValueError, match=f'{file} is damaged'): HierarchicalClassifier.load(file.parent)
 
 
+def test_a_classifier_of_another_version_that_cannot_be_read_is_named(classifier, tmp_path):
+    file = classifier.save(tmp_path/'m')/'classifier.json'
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps(about | dict(recipe=about['recipe'] | dict(momenta=2), versions=about['versions'] | dict(hdfast='99.1'))))
+    with pytest.raises(ValueError, match='written by 99.1, this is .*momenta'): HierarchicalClassifier.load(file.parent)
+
+
 def test_a_classifier_of_another_kind_than_asked_for_is_named(classifier, tmp_path):
     with pytest.raises(ValueError, match='describes a HierarchicalClassifier, which is no CalibratedClassifier: use HierarchicalClassifier.load'):
         CalibratedClassifier.load(classifier.save(tmp_path/'m'))

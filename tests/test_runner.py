@@ -370,16 +370,53 @@ def test_finished_pages_are_not_run_again(pages, run, tmp_path, lines):
     write_page(runner.pages_folder/e.page, SAVE + "\nprint('at work') # changed")
     run()
     assert work() == 3
-    for i, (file, text) in enumerate({'page.json': '{}', 'page.csv': 'number', 'backbones/page/left.json': ''}.items(), 4):
-        (tmp_path/'out'/file).parent.mkdir(parents=True, exist_ok=True)
+    for i, (file, text) in enumerate({'page.json': '{}', 'page.csv': 'number'}.items(), 4):
         (tmp_path/'out'/file).write_text(text) # not what the page wrote
         run()
         assert work() == i
     (tmp_path/'out'/'page.csv').unlink()
     run()
-    assert work() == 7
+    assert work() == 6
+    (tmp_path/'out'/'page_notes.txt').write_text('') # somebody else's
+    (tmp_path/'out'/'page_old').mkdir()
     run()
-    assert work() == 7
+    assert work() == 6
+    receipt = tmp_path/'out'/'pages'/'page.json'
+    for text in ('{}', '[]', '{"written": 3}', json.dumps(json.loads(receipt.read_text()) | dict(written={'page.gone': ''}))):
+        receipt.write_text(text) # no receipt
+        assert not runner.finished(tasks_of(runner.EXPERIMENTS['page'], 'smoke', tmp_path/'out')[-1], tmp_path/'out', 'cpu')
+
+
+def test_a_page_whose_code_is_edited_while_it_runs_is_not_finished(pages, run, tmp_path, lines):
+    page = tmp_path/'experiments'/'page.ipynb'
+    edit = f"import pathlib; p = pathlib.Path({str(page)!r}); once = p.read_text(); p.write_text(once.replace('# as it was', '# edited'))\nprint('at work') # as it was"
+    pages('page', SAVE, edit)
+    found = run()
+    assert isinstance(found['page'], dict) and any('edited while it ran' in line for line in lines)
+    run(); run()
+    assert [line.strip() for line in lines].count('at work') == 2
+
+
+@pytest.mark.parametrize('folder', ['{name}', '}{', 'a {steps} b', 'o😀'])
+def test_any_folder_takes_results(pages, tmp_path, folder):
+    pages('page', SAVE, "assert rate == 1e-5 and type(rate) is float", parameters=dict(rate=1e-5))
+    write_page(runner.pages_folder/'page.ipynb', SAVE, "assert rate == 1e-5 and type(rate) is float", parameters=PARAMETERS + '\nrate = .5')
+    found = reproduce('smoke', None, tmp_path/folder, device='cpu', say=print)
+    assert found['page']['name'] == 'page' and (tmp_path/folder/'pages'/'page.ipynb').exists()
+
+
+def test_pages_that_run_alone_have_all_cores_and_their_whole_time(tmp_path, monkeypatch):
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    r, page = Runner(tmp_path, jobs=2, device='cpu'), Path('page.ipynb')
+    alone, shared = (Task(name, page, dict(profile='smoke'), alone=name == 'alone') for name in ('alone', 'shared'))
+    assert 'OMP_NUM_THREADS' in r.environment(shared) and 'OMP_NUM_THREADS' not in r.environment(alone)
+    tasks = [replace(t, name=f'{t.name}{i}') for t in (alone, shared) for i in range(4)]
+    monkeypatch.setattr(Runner, 'timings', lambda self: {self.key(t): 3600 for t in tasks})
+    assert r.forecast(tasks[:4]) == 'about 4:00:00 left' and r.forecast(tasks[4:]) == 'about 2:00:00 left'
+    said = []
+    r.say = said.append
+    r.tell(tasks[0], {tasks[0].name: {}}, 8, tasks[:1]) # the other seven were finished before
+    assert said[0].endswith('; nothing left')
 
 
 def test_a_page_runs_again_after_one_that_it_builds_on(pages, run, lines):

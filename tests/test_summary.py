@@ -212,6 +212,19 @@ def test_variants_of_the_profile_that_a_result_lacks_are_named(tmp_path):
     assert not of(tmp_path, 'Beyond 2').query('experiment == @name').number.str.contains('further variants').any()
 
 
+def test_a_table_of_another_version_is_named(tmp_path):
+    rows = [{k: v for k, v in hierarchy_row(gamma, 40, 3).items() if k != 'HC contains'} for gamma in ('flat', 'disjoint', '3')]
+    keep(tmp_path, 'mlp_cifar100', rows, epochs=40, runs=3)
+    with pytest.raises(ValueError, match='mlp_cifar100.csv .*HC contains'): write_summary(tmp_path)
+
+
+def test_counts_keep_all_their_digits(tmp_path):
+    keep(tmp_path, 'mlp_cifar100', [hierarchy_row('flat', 40, 3, parameters=2_503_352, MACs=1_234_567.6)], epochs=40, runs=3)
+    write_summary(tmp_path)
+    line = next(line for line in (tmp_path/'summary.csv').read_text().splitlines() if 'flat' in line and 'mlp_cifar100' in line)
+    assert ',2503352,' in line and ',1234568,' in line
+
+
 def test_numbers_that_are_illegible_in_the_paper_are_not_counted(tmp_path):
     for f in (repository/'figures').glob('memory*'): shutil.copy(f, tmp_path)
     line = of(tmp_path, 'Table 15').set_index('number').loc['params, layers as printed']
