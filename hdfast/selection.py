@@ -143,6 +143,12 @@ def try_candidates(
 _recipe = recipe
 
 # %% ../nbs/60_selection.ipynb #54c2f5ae
+def _images_of(dls):
+    "What a trial says of the images: which they are, and how they were prepared; '' where the loaders don't tell."
+    source, normalize, augment = (getattr(x, name, None) for x, name in ((dls.train.dataset, 'source'), (dls.train, 'normalize'), (dls.train, 'augment')))
+    made = [f'normalised by {np.round(normalize.mean, 6)} and {np.round(normalize.std, 6)}'] if normalize else []
+    return '; '.join([source, *made, *([f'augmented by {augment.__qualname__}'] if augment else [])]) if source else ''
+
 def make_trial(
     dls,              # DataLoaders over the classes of `h`
     h:ClassHierarchy, # clusters
@@ -155,7 +161,7 @@ def make_trial(
     "What was found on cluster `q`."
     members, y = list(h.clusters[q]), as_view(dls.valid.dataset).targets.cpu().numpy()
     looks = {k: round(float(v), 6) for k, v in describe(C, members, class_counts(dls)).items()}
-    return Trial(getattr(dls.train.dataset, 'source', ''), [h.classes[c] for c in members], asdict(how), seed, int(np.isin(y, members).sum()),
+    return Trial(_images_of(dls), [h.classes[c] for c in members], asdict(how), seed, int(np.isin(y, members).sum()),
                  looks, *({name: r[i] for name, r in results.items()} for i in (0, 1)))
 
 # %% ../nbs/60_selection.ipynb #5c2ca69d
@@ -345,8 +351,7 @@ def best_specs(self:NetworkSelector,
     h:ClassHierarchy, # clusters
 ) -> list:            # a `NetworkSpec` for each cluster; KeyError for a cluster that wasn't tried with these images, recipe and seed
     "The best candidate on the held-out slice for each cluster of `h`."
-    source = getattr(dls.train.dataset, 'source', '')
-    found = {t.classes: self.candidates[t.best] for t in self.trials if (t.images, t.seed) == (source, self.seed)}
+    found = {t.classes: self.candidates[t.best] for t in self.trials if (t.images, t.seed) == (_images_of(dls), self.seed)}
     return specs_for(h, found, next(iter(self.candidates.values())))
 
 # %% ../nbs/60_selection.ipynb #1f216dea
@@ -366,6 +371,7 @@ def load(cls:NetworkSelector,
 ) -> NetworkSelector:
     "A selector that has learnt from all trials in `file`."
     specs, trials = read_pile(file)
+    if candidates is not None: _merge_specs(specs, candidates) # refuses another network of a known name
     return cls(specs if candidates is None else candidates, **kwargs).learn(trials)
 
 # %% ../nbs/60_selection.ipynb #ba756197
@@ -484,8 +490,10 @@ def _parts(jobs, n):
 
 def _fill(jobs, which, recipe, cache):
     "Train some of `jobs`, by number, into the cache, on one thread."
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    fit_networks([jobs[i] for i in which], recipe, cache)
+    try: fit_networks([jobs[i] for i in which], recipe, cache)
+    finally: torch.set_num_threads(threads) # joblib may do it all in the calling process
     return len(which)
 
 def _fill_from(file, which, recipe, cache):

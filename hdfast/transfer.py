@@ -162,8 +162,10 @@ def _filters(layer):
     return torch.from_numpy(w.reshape(*w.shape, *[1]*(4 - w.ndim)).transpose(3, 2, 0, 1).copy()), torch.from_numpy(np.asarray(b, dtype=np.float32).ravel().copy())
 
 # %% ../nbs/65_transfer.ipynb #65a00023
-def _one(layer, field):
-    "The number that all entries of a field have in common; ValueError if they differ."
+def _one(layer, field, default=None):
+    "The number that all entries of a field have in common, `default` without the field; ValueError if they differ, or if there is neither."
+    if _field(layer, field) is None and default is not None: return default
+    if _field(layer, field) is None: raise ValueError(f"layer {_text(layer, 'name')} has no {field}")
     values = set(_numbers(layer, field))
     if len(values) > 1: raise ValueError(f"layer {_text(layer, 'name')}: {field} is {_numbers(layer, field)}; only equal sides can be imported")
     return int(values.pop())
@@ -171,7 +173,8 @@ def _one(layer, field):
 def _as_conv(layer):
     w, _ = _filters(layer)
     if w.shape[2] != w.shape[3]: raise ValueError(f"layer {_text(layer, 'name')}: the window is {w.shape[2]}×{w.shape[3]}; only square ones can be imported")
-    return Conv(w.shape[2], w.shape[0], _one(layer, 'stride'), _one(layer, 'pad'))
+    if _one(layer, 'dilate', 1) != 1: raise ValueError(f"layer {_text(layer, 'name')} is dilated, which these networks' convolutions aren't")
+    return Conv(w.shape[2], w.shape[0], _one(layer, 'stride', 1), _one(layer, 'pad', 0)) # without them MatConvNet takes these
 
 def _check_norm(layer):
     if not np.allclose(_numbers(layer, 'param'), (5, 2, 1e-4, .75)):
@@ -182,7 +185,7 @@ _pads = {2: ((0,), (0, 0, 0, 0)), 3: ((0, 1, 0, 1),)} # top, bottom, left, right
 def _window(layer):
     if _text(layer, 'method') != 'max' or _one(layer, 'stride') != 2:
         raise ValueError(f"layer {_text(layer, 'name')}: only max-pools with a stride of 2 can be imported")
-    window, pads = _one(layer, 'pool'), _numbers(layer, 'pad')
+    window, pads = _one(layer, 'pool'), (0,) if _field(layer, 'pad') is None else _numbers(layer, 'pad')
     if window in _pads and pads not in _pads[window]:
         raise ValueError(f"layer {_text(layer, 'name')}: pad is {pads}; a pool of {window}×{window} can be imported with {' or '.join(map(str, _pads[window]))}")
     return window
@@ -191,6 +194,7 @@ def _window(layer):
 def _check_order(layer, kind, before, convs):
     "Refuse a layer in a place where our networks have none of its kind."
     if before == 'conv' and kind != 'relu': raise ValueError(f"layer {_text(layer, 'name')} follows a convolution without a ReLU in between, which these networks don't have")
+    if before in ('normalize', 'lrn') and kind != 'pool': raise ValueError(f"layer {_text(layer, 'name')} follows a normalisation, which in these networks only a pool does")
     if kind in ('normalize', 'lrn') and not convs: raise ValueError(f"layer {_text(layer, 'name')} normalises after a pool; these networks do so before it")
 
 def _stages(layers):
@@ -207,6 +211,7 @@ def _stages(layers):
         elif kind == 'pool':
             stages.append(Stage(convs, norm=norm, window=_window(layer)))
             convs, norm = [], False
+        elif kind == 'relu' and _field(layer, 'leak') is not None and any(_numbers(layer, 'leak')): raise ValueError(f"layer {_text(layer, 'name')} is a leaky ReLU, which these networks don't have")
         elif kind != 'relu': raise ValueError(f"layer {_text(layer, 'name')} is of type {kind!r}, which these networks don't have")
     return stages
 
@@ -414,9 +419,10 @@ def choose_networks(
     seeds,       # one for each part
     cache=None,  # folder of networks trained before
 ) -> Choice:    # ValueError without candidates, or for two of one name
-    "Train every candidate on every part of the data and take the best on the held-out slice; ties go to the cheaper."
+    "Train every candidate on every part of the data and take the best on the held-out slice; ties go to the one that is cheaper on the part with most classes."
     _check_names(list(map(str, candidates)))
-    by_cost = sorted(candidates, key=lambda c: c.cost(inputs.shape))
+    most = max((len(view.vocab) for view in views.values()), default=1)
+    by_cost = sorted(candidates, key=lambda c: c.cost(inputs.shape, most))
     return reduce(Choice.or_better, (train_candidate(inputs, views, c, how, seeds, cache) for c in by_cost))
 
 # %% ../nbs/65_transfer.ipynb #65a0005d

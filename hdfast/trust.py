@@ -151,19 +151,24 @@ def _own_images(o, i):
     q = o.ask(i, torch.from_numpy(rows)).numpy() if len(rows) else np.ones((0, len(members)))
     return rows, q, np.searchsorted(members, o.y[rows])
 
+def _tells(q, y):
+    "Whether images with classes `y` tell a temperature: there is a mistake, and on one whose class isn't ruled out (as an expert does that is a hierarchy itself)."
+    return ((q.argmax(1) != y) & (q[np.arange(len(y)), y] > 0)).any()
+
 def _shared_temperature(parts):
-    "One temperature for all experts with something to tell; 1 if there are none, or no mistake among them."
+    "One temperature for all experts with something to tell; 1 if there are none."
     parts = [(q, y) for _, q, y in parts if q.shape[1] > 1 and len(y)]
-    if not any((q.argmax(1) != y).any() for q, y in parts): return 1.
+    if not any(_tells(q, y) for q, y in parts): return 1.
     width = max(q.shape[1] for q, _ in parts)
     return fit_temperature(np.concatenate([np.pad(q, ((0, 0), (0, width - q.shape[1]))) for q, _ in parts]), np.concatenate([y for _, y in parts]))
 
 # %% ../nbs/57_trust.ipynb #57a00026
 def _router_temperature(o, parts, experts):
-    "The temperature of the hierarchy classifier at which the true classes are most likely; 1 if it sends every image to a cluster with its class."
-    if o.hierarchy.holds[o.p.argmax(1).numpy(), o.y].all(): return 1.
+    "The temperature of the hierarchy classifier at which the true classes are most likely; 1 if no image that tells it goes astray."
     p, weights = o.p.double().numpy(), np.zeros(o.p.shape)
     for i, (rows, q, y) in enumerate(parts): weights[rows, i] = temper(q, experts[i])[np.arange(len(y)), y]
+    astray = ~o.hierarchy.holds[p.argmax(1), o.y]
+    if not (astray & weights.any(1)).any(): return 1. # the others tell nothing
     return _lowest(lambda t: _mean_nll((temper(p, t)*weights).sum(1)))
 
 def fit_temperatures(
@@ -176,7 +181,7 @@ def fit_temperatures(
     if o.y is None or not len(o.y): raise ValueError("temperatures need images with their true classes: pass a loader with labels, such as dls.valid")
     parts = [_own_images(o, i) for i in range(o.hierarchy.n_clusters)]
     shared = _shared_temperature(parts)
-    own = lambda q, y: experts == 'each' and len(y) >= least and (q.argmax(1) != y).any()
+    own = lambda q, y: experts == 'each' and len(y) >= least and _tells(q, y)
     each = [fit_temperature(q, y) if own(q, y) else shared for _, q, y in parts]
     return Temperatures(_router_temperature(o, parts, each), each, shared)
 

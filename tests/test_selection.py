@@ -22,7 +22,7 @@ import hdfast.selection as selection
 from hdfast.clustering import cluster_classes, hierarchy_from_groups
 from hdfast.datasets import HELD_OUT, TEST, TRAIN, ImageSet
 from hdfast.hierarchical import HierarchicalClassifier
-from hdfast.learners import recipe
+from hdfast.learners import crop_flip, recipe
 from hdfast.networks import Conv, NetworkSpec, Stage, mlp_spec, network_spec
 from hdfast.selection import (CNN_CANDIDATES, MLP_CANDIDATES, NetworkSelector, SpecClassifier, SpecRegressor, Trial, apart, choice_rows, choice_scores, choices,
                               describe, in_processes, in_ray, layers_neurons, leave_one_out, make_trial, merge_trials, pile_up, plot_mix,
@@ -415,6 +415,27 @@ def test_saved_and_loaded_it_chooses_alike(fitted, tmp_path):
 def test_nothing_saved_is_a_pickle(fitted, tmp_path): assert json.loads(fitted[3].save(tmp_path/'s.json').read_text())['format'] == 'hdfast.trials.1'
 
 
+def test_another_network_of_a_known_name_is_refused_on_loading(fitted, tmp_path):
+    other = NetworkSpec('MLP_8', fc=(64, 64))
+    with pytest.raises(ValueError, match='MLP_8'): NetworkSelector.load(fitted[3].save(tmp_path/'s.json'), [pair[0], other], recipe=short)
+
+
+def test_scores_on_images_prepared_otherwise_are_other_trials(fitted, images):
+    dls, h, cache, s = fitted
+    other = images.dataloaders(device='cpu', bs=32, augment=crop_flip)
+    with pytest.raises(KeyError): s.best_specs(other, h)
+    assert len(merge_trials(s.trials, try_candidates(other, h, C9, pair, recipe(short, epochs=1)))) == 6
+
+
+def test_one_process_leaves_the_threads_as_they_were(dls, taxonomy):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        try_candidates(dls, taxonomy, C9, pair[:1], short, train=in_processes(1))
+        assert torch.get_num_threads() == 2
+    finally: torch.set_num_threads(before)
+
+
 def test_trials_that_lack_a_candidate_are_left_out():
     s = NetworkSelector(pair).learn([trial('ab', dict(MLP_4=.5, MLP_8=.6)), trial('cd', dict(MLP_4=.5))])
     assert [t.classes for t in s.trials] == [('a', 'b')]
@@ -430,7 +451,7 @@ def test_trials_of_another_recipe_are_left_out_with_a_warning():
 
 
 def test_the_best_are_of_these_images_and_this_seed_and_recipe(dls, taxonomy):
-    source, quick = dls.train.dataset.source, asdict(recipe(short, epochs=1))
+    source, quick = selection._images_of(dls), asdict(recipe(short, epochs=1))
     def made(scores, **kwargs): return [trial([taxonomy.classes[c] for c in q], scores, **dict(images=source, recipe=asdict(short), seed=0) | kwargs) for q in taxonomy.clusters]
     own, others = made(dict(MLP_4=.6, MLP_8=.5)), dict(MLP_4=.5, MLP_8=.6)
     with pytest.warns(UserWarning):

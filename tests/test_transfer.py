@@ -132,11 +132,22 @@ def test_layers_left_out_are_listed_with_their_shapes(tmp_path):
     (3, pool(1, window=2), r"layer pool1: pad is .*can be imported with \(0,\) or \(0, 0, 0, 0\)"),
     (4, norm(2), 'layer norm2 normalises after a pool'),
     (1, pool(1), 'layer pool1 follows a convolution without a ReLU'),
-    (1, conv('conv2', 5, 64, 256, 1, 2), 'layer conv2 follows a convolution without a ReLU')])
+    (1, conv('conv2', 5, 64, 256, 1, 2), 'layer conv2 follows a convolution without a ReLU'),
+    (3, conv('conv2', 5, 64, 64, 1, 2), 'layer conv2 follows a normalisation'),
+    (3, norm(2), 'layer norm2 follows a normalisation'),
+    (0, conv('conv1', 11, 3, 64, 4) | dict(dilate=[[2, 2]]), 'layer conv1 is dilated'),
+    (1, relu(1) | dict(leak=.1), 'layer relu1 is a leaky ReLU'),
+    (3, {k: v for k, v in pool(1).items() if k != 'pool'}, 'layer pool1 has no pool')])
 def test_layers_that_cannot_be_imported_are_named(tmp_path, i, layer, message):
     layers = vgg_f_layers()
     layers[i] = layer
     with pytest.raises(ValueError, match=message): read_matconvnet(mat_file(tmp_path, layers))
+
+
+def test_fields_that_a_file_leaves_out_are_matconvnets_own(tmp_path):
+    layers = vgg_f_layers()
+    for k in ('pad', 'stride'): layers[8].pop(k) # of conv3
+    assert read_matconvnet(mat_file(tmp_path, layers)).stages[2].convs[0] == Conv(3, 256, 1, 0)
 
 
 def test_files_that_are_no_networks_are_refused(tmp_path):

@@ -250,6 +250,20 @@ def test_nested_classifiers_are_tempered_as_one_expert(dls, images):
     assert (sure.predict(dls[2]) == model.predict(dls[2])).all() and np.allclose(sure.predict_proba(dls[2], k=2).sum(1), 1, atol=1e-5)
 
 
+def test_mistakes_that_no_temperature_can_mend_sharpen_nothing(taxonomy):
+    "A nested expert rules classes out: then sharper answers cost nothing where it is wrong"
+    y = np.repeat(np.arange(9), 20)
+    q = [np.full((180, 3), .1) for _ in range(3)]
+    for i in range(3):
+        for row in range(60*i, 60*i + 60): q[i][row, y[row] % 3] = .8
+        q[i][60*i:60*i + 10] = 0, .9, .1 # of class 0 in this cluster, which is ruled out
+    o = Opinions(taxonomy, torch.eye(3).repeat_interleave(60, 0)*.7 + .1, lambda i, rows: torch.tensor(q[i])[rows], y)
+    found = fit_temperatures(o, least=1)
+    assert found == Temperatures(1., (1., 1., 1.), 1.)
+    q[1][70] = .2, .7, .1 # a mistake that tells
+    assert fit_temperatures(o, least=1).experts[1] != 1
+
+
 def test_a_calibrated_classifier_is_not_trained_and_needs_all_temperatures(taxonomy, dls):
     model = separate(taxonomy)
     with pytest.raises(ValueError, match='2 temperatures for the experts of 3 clusters'): CalibratedClassifier(model, Temperatures(1., (1., 1.), 1.))
