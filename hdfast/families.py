@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from . import networks
 from .datasets import atomically
 from .inference import predict_in_batches
-from .learners import ImageDL, ImageView, Recipe, ViewDataLoaders, build_network, check_predictions, computed_in, diverged, input_shape
+from .learners import ImageDL, ImageView, Recipe, ViewDataLoaders, build_network, check_plain, check_predictions, computed_in, diverged, input_shape
 from .learners import batch_sizes, torch_optimizers, training_loader
 from .networks import evaluating, network_spec
 
@@ -83,17 +83,18 @@ def train(
 ) -> nn.Module:             # the same, in eval mode, on the device of `dls`
     "Train by `recipe` with cross entropy; FloatingPointError if the loss stops being finite."
     device = torch.device(dls.device)
-    net, dl = net.to(device).train(), training_loader(dls, recipe.bs, seed)
-    with computed_in(recipe, net, device), no_random(seed, reproducible=False):
-        if device.type == 'cuda' and can_be_recorded(dls): _train_recorded([net], [dl], recipe, [name], device, on_epoch)
-        else: _train_eagerly(net, dl, device, recipe, name, on_epoch)
-    check_predictions(net.eval(), dls, name)
+    with no_random(seed, reproducible=False): # loaders draw random numbers too, when they are made
+        net, dl = net.to(device).train(), training_loader(dls, recipe.bs, seed)
+        with computed_in(recipe, net, device), no_random(seed, reproducible=False):
+            if device.type == 'cuda' and can_be_recorded(dls): _train_recorded([net], [dl], recipe, [name], device, on_epoch)
+            else: _train_eagerly(net, dl, device, recipe, name, on_epoch)
+        check_predictions(net.eval(), dls, name)
     return net
 
 def can_be_recorded(dls) -> bool:
-    "Whether batches are made without Python: images in memory where the network is, no augmentation, no batch transforms."
+    "Whether batches are made without Python: images in memory where the network is, no augmentation."
     dl = dls.train
-    if not isinstance(dl, ImageDL) or not isinstance(dl.dataset, ImageView) or dl.augment or dl.after_batch.fs: return False
+    if not isinstance(dl, ImageDL) or not isinstance(dl.dataset, ImageView) or dl.augment: return False
     there, wanted = dl.dataset.images.device, torch.device(dls.device)
     return there.type == wanted.type and wanted.index in (None, there.index)
 
@@ -197,7 +198,7 @@ def network_key(job:Job, recipe:Recipe) -> str:
     if not data.source:
         raise ValueError("only networks on images with a fingerprint can be cached: make the DataLoaders with ImageSet.dataloaders, "
                          "or give their ImageView a `source`, a text that says which images they are")
-    if dls.train.after_batch.fs: raise ValueError("networks trained with batch transforms can't be cached: they don't tell what they do")
+    check_plain(dls.train)
     settings = dict(spec=network_spec(job.spec).to_dict(), recipe=asdict(recipe), seed=job.seed, classes=list(map(str, data.vocab)),
                     images=data.source, augment=_function_text(dls.train.augment), shuffle=dls.train.shuffle,
                     device=torch.device(dls.device).type, torch=torch.__version__, products=torch.get_float32_matmul_precision(),
@@ -211,8 +212,10 @@ def _function_text(f):
     "'None', or where a function is defined and how; ValueError for one that has no name of its own, or whose text isn't to be had."
     if f is None: return 'None'
     name = f"{getattr(f, '__module__', '')}.{getattr(f, '__qualname__', '<')}"
-    if '<' in name or hasattr(f, '__self__'): raise ValueError(f"networks trained with {f} can't be cached: give the augmentation a name, as a function of a module")
-    try: return f'{name}: {getsource(f)}'
+    if '<' in name or any(getattr(f, part, None) is not None for part in ('__self__', '__wrapped__', '__closure__')):
+        raise ValueError(f"networks trained with {f} can't be cached: give the augmentation a name, as a function of a module")
+    settings = {k: v for k, v in getattr(f, '__globals__', {}).items() if k in f.__code__.co_names and isinstance(v, (int, float, str, tuple))} # that its text names
+    try: return f'{name}: {getsource(f)}{settings}{f.__defaults__}{f.__kwdefaults__}'
     except (OSError, TypeError) as e: raise ValueError(f"networks trained with {f} can't be cached: {e}") from e
 
 # %% ../nbs/45_families.ipynb #5f0a1c18
@@ -513,7 +516,7 @@ def fit_networks(
     for i, file in enumerate(files):
         if (net := _read(jobs[i], file)) is not None: done(i, net)
     for how, which in _work(jobs, [i for i, net in enumerate(nets) if net is None]):
-        trained, seconds = timed(lambda: how([jobs[i] for i in which], recipe))
+        with no_random(reproducible=False): trained, seconds = timed(lambda: how([jobs[i] for i in which], recipe))
         for i, net in zip(which, trained):
             net.training_seconds = seconds/len(which)
             if files[i]: save_weights(net, files[i])
@@ -577,7 +580,8 @@ def check_features(
 ):
     "Raise a ValueError unless `feature_dataloaders` takes `dls`."
     if not isinstance(dls.train.dataset, ImageView): raise ValueError("features are kept for an ImageSet's own DataLoaders only: make them with ImageSet.dataloaders")
-    if dls.train.augment or dls.train.after_batch.fs: raise ValueError("features can't be augmented: make the DataLoaders without augment and batch transforms")
+    check_plain(dls.train)
+    if dls.train.augment: raise ValueError("features can't be augmented: make the DataLoaders without augment")
     if any(getattr(dl.dataset, 'images', None) is not dls.train.dataset.images for dl in dls.loaders):
         raise ValueError("these loaders lie over different images: features are made of those of the training loader")
 

@@ -22,7 +22,7 @@ from . import __version__
 from .clustering import ClassHierarchy, cluster_into
 from .families import Job, bar_over, fit_network, fit_networks, plain_number
 from .inference import predict_in_batches
-from .learners import ImageDL, Normalization, Recipe, build_network, check_classes, class_view, cluster_view
+from .learners import ImageDL, Normalization, Recipe, build_network, check_classes, check_plain, class_view, cluster_view
 from .learners import held_out_confusion, input_shape, is_shuffled, recipe
 from .networks import NetworkSpec, evaluating, n_parameters, network_spec
 
@@ -152,7 +152,9 @@ def _inputs(self:HierarchicalClassifier, data):
 
 def _raw(data):
     "Images, the rows of them that are meant, and targets or None, from an `ImageDL`, any other loader, or an array."
-    if isinstance(data, ImageDL): return (v := data.dataset).images, v.index, None if v.targets is None else v.targets.cpu()
+    if isinstance(data, ImageDL):
+        check_plain(data)
+        return (v := data.dataset).images, v.index, None if v.targets is None else v.targets.cpu()
     if not hasattr(data, 'dataset'): return (images := torch.as_tensor(data)), torch.arange(len(images), device=images.device), None
     batches = [b if isinstance(b, (tuple, list)) else (b,) for b in data]
     if not batches: raise ValueError("the loader has no images")
@@ -283,7 +285,7 @@ def evaluate(self:HierarchicalClassifier,
     (n, take, y), h = self._labelled(dl), self.hierarchy
     rows, (p, ask) = torch.arange(n), self._opinions(n, take)
     asked = [ask(i, rows) for i in range(h.n_clusters)]
-    follow = lambda p, **kwargs: self._combine(p, lambda i, rows: asked[i][rows], **kwargs).numpy()
+    follow = lambda p, **kwargs: _answered(self._combine(p, lambda i, rows: asked[i][rows], **kwargs))
     flat_probs = None if flat is None else self._flat_probabilities(flat, dl, take, rows)
     table = {} if flat is None else {'flat net': class_scores(flat_probs, y)}
     for way, p_, k, duplicates in _ways(p, flat_probs, y, h):
@@ -337,7 +339,7 @@ def evaluate_routed(self:HierarchicalClassifier,
     (n, take, y), h = self._labelled(dl), self.hierarchy
     p, ask = self._opinions(n, take)
     ways = {'top-1': p, 'oracle router': torch.eye(h.n_clusters)[torch.as_tensor(h.home[y])]}
-    probs = {way: self._combine(p_, ask).numpy() for way, p_ in ways.items()}
+    probs = {way: _answered(self._combine(p_, ask)) for way, p_ in ways.items()}
     return pd.DataFrame({way: class_scores(probs[way], y) | _losses(ways[way].numpy().argmax(1), probs[way], y, h) for way in ways}).T
 
 # %% ../nbs/50_hierarchical.ipynb #3111c5ae

@@ -11,6 +11,7 @@ __all__ = ['WIDE', 'SLIM', 'TRUNKS', 'TrunkSpec', 'trunk_spec', 'normed_trunk', 
 # %% ../nbs/55_trunk.ipynb #49f44519
 import hashlib, json
 from collections import OrderedDict
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from inspect import getsource
@@ -449,7 +450,9 @@ def _new_net(self:TrunkClassifier, shape): return shared_trunk(self.hierarchy, s
 def _train(self:TrunkClassifier, net, dls, frozen, teachers, balanced, on_epoch):
     if frozen: return train(net.heads, feature_dataloaders(dls, net.body.eval()), self.recipe, self.seed, 'the heads on a frozen trunk', on_epoch)
     form = Balanced(net, class_counts(dls)) if balanced else net
-    train(Distilled(form, teachers) if teachers else form, dls, self.recipe, self.seed, 'the shared trunk', on_epoch)
+    with ExitStack() as stack:
+        for t in teachers: stack.enter_context(evaluating(t))
+        train(Distilled(form, teachers) if teachers else form, dls, self.recipe, self.seed, 'the shared trunk', on_epoch)
 
 def _prefixed(body): return {f'body.{k}': v for k, v in body.state_dict().items()}
 
@@ -463,9 +466,11 @@ def _key(self:TrunkClassifier, dls, nets, how):
     return key.hexdigest()[:20]
 
 def _code_of(cls):
-    "What tells the code of a kind of classifier from earlier ones: of the module of hdfast that it is in, else its own text."
-    package, _, module = cls.__module__.rpartition('.')
-    return code_version(module) if package == 'hdfast' else getsource(cls)
+    "What tells the code of a kind of classifier from earlier ones: of it and each `TrunkClassifier` that it is derived from, the module of hdfast that it is in, else its own text."
+    def of(c):
+        package, _, module = c.__module__.rpartition('.')
+        return code_version(module) if package == 'hdfast' else getsource(c)
+    return [of(c) for c in cls.__mro__ if issubclass(c, TrunkClassifier)]
 
 # %% ../nbs/55_trunk.ipynb #f374903a
 @patch

@@ -1,20 +1,21 @@
 "The training engine: whatever it fuses, records or keeps, the networks are those of a Learner, one by one."
-import signal, subprocess, sys
+import random, signal, subprocess, sys
 from copy import deepcopy
 from dataclasses import replace
+from functools import wraps
 from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import ImageDataLoaders, Transform
+from fastai.vision.all import ImageDataLoaders, aug_transforms
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import hdfast.families as families
 from hdfast.families import (Job, _practise, _record, _Steps, _train_fused, _train_recorded, bar_over, code_hash, code_version, feature_dataloaders, features, fit_network,
                              fit_networks, network_key, train)
-from hdfast.learners import (Normalization, SkipValidation, ViewDataLoaders, build_network, class_view, cluster_view, computed_in, crop_flip, input_shape, network_learner,
+from hdfast.learners import (Normalization, SkipValidation, ViewDataLoaders, build_network, class_view, cluster_view, computed_in, crop_flip, input_shape, mlp_learner, network_learner,
                              recipe, training_loader)
 from hdfast.networks import network_spec, seeded
 from hdfast.trunk import flat_network
@@ -524,22 +525,27 @@ def test_features_need_an_image_set_without_augmentation(images, image_folder):
 
 # ---- what isn't known to the cache isn't cached
 
-class Whiten(Transform):
-    def encodes(self, x:torch.Tensor): return torch.zeros_like(x) if x.is_floating_point() else x
+def test_an_augmentation_is_known_by_all_that_it_does(images, monkeypatch):
+    key = lambda f: network_key(Job(images.dataloaders(device='cpu', augment=f), 'MLP_4'), HOW['paper'])
+    wrapped = wraps(crop_flip)(lambda x, g: crop_flip(x, g, 1))
+    with pytest.raises(ValueError, match='give the augmentation a name'): key(wrapped)
+    before = key(shifted)
+    monkeypatch.setattr(sys.modules[__name__], 'SHIFT', 1)
+    assert key(shifted) != before
 
-def with_transform(images):
-    dls = images.dataloaders(device='cpu')
-    dls.train.after_batch.add(Whiten())
-    return dls
+
+SHIFT = 2
+def shifted(x, g): return crop_flip(x, g, SHIFT)
 
 
-def test_batch_transforms_are_neither_cached_nor_fused_nor_kept_as_features(images):
-    dls = with_transform(images)
-    assert not families.can_be_recorded(dls)
-    with pytest.raises(ValueError, match='batch transforms'): network_key(Job(dls, 'MLP_4'), HOW['paper'])
-    with pytest.raises(ValueError, match='batch transforms'): feature_dataloaders(dls, nn.Flatten())
-    jobs = [Job(dls, 'MLP_4', seed=s) for s in (0, 1)]
-    assert all(map(same, fit_networks(jobs, HOW['one_cycle']), one_by_one(jobs, HOW['one_cycle'])))
+def test_random_numbers_of_the_caller_stay_as_they_are(images, image_folder):
+    files = ImageDataLoaders.from_folder(image_folder, valid_pct=.2, bs=8, num_workers=0, device='cpu', batch_tfms=aug_transforms(size=16))
+    for dls in (images.dataloaders(device='cpu'), files):
+        states = lambda: (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+        before = states()
+        fit_networks([Job(dls, 'MLP_4', seed=s) for s in (0, 1)], recipe(HOW['paper'], epochs=1))
+        mlp_learner(dls, 4).fit_recipe(recipe(HOW['paper'], epochs=1))
+        assert states() == before
 
 
 def test_features_are_made_for_loaders_over_the_same_images(images):

@@ -1,4 +1,5 @@
 "Views, loaders in memory, recipes and training: the right samples with the right labels, and the same network from the same seed."
+import pickle
 import random
 from functools import partial
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastai.callback.data import PartialDL
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.vision.all import (CategoryBlock, ClassificationInterpretation, DataBlock, ImageBlock, ImageDataLoaders, Normalize, PILImage, RandomSplitter,
                                Resize, aug_transforms, get_image_files, load_learner, parent_label)
@@ -20,6 +22,7 @@ import hdfast.learners as learners
 from hdfast.clustering import cluster_classes, hierarchy_from_groups
 from hdfast.datasets import HELD_OUT, TRAIN, ImageSet, synthetic
 from hdfast.families import Job, feature_dataloaders, fit_network, network_key, save_weights
+from hdfast.hierarchical import HierarchicalClassifier
 from hdfast.learners import (RECIPES, ImageDL, training_loader, ImageView, Normalization, ViewDataLoaders, batch_sizes, build_network, class_counts, class_view, cluster_view, cnn_learner, computed_in, cnn_tl_learner, crop_flip, held_out_confusion, is_shuffled,
                              mlp_learner, network_learner, probabilities, recipe)
 
@@ -647,6 +650,60 @@ def test_items_that_are_no_such_images_are_refused(dls, images, change):
     items = [*images.images[:3]]
     assert len(dls.test_dl(items).dataset) == 3
     with pytest.raises(ValueError, match=r'these loaders take torch.uint8 of shape \(3, 16, 16\)'): dls.test_dl([items[0], change(items[1])])
+
+
+@pytest.mark.parametrize('given', [dict(batch_tfms=aug_transforms(size=16)), dict(item_tfms=[Resize(16)]), dict(batch_tfms=[Normalize.from_stats([.5]*3, [.5]*3, cuda=False)])], ids=['augmentation', 'items', 'normalisation'])
+def test_transforms_of_fastai_are_refused_where_they_would_do_nothing(images, taxonomy, given):
+    dls = images.dataloaders(device='cpu')
+    for event, tfms in dict(after_item=given.get('item_tfms', []), after_batch=given.get('batch_tfms', [])).items(): dls.add_tfms(tfms, event, loaders=[0, 2])
+    no = pytest.raises(ValueError, match="take no transforms of fastai's, such as .*pass `augment`")
+    with no: next(iter(dls.train))
+    with no: fit_network(dls, 'MLP_4', one_epoch)
+    with no: network_key(Job(dls, 'MLP_4'), one_epoch)
+    with no: feature_dataloaders(dls, torch.nn.Flatten())
+    with no: cnn_learner(dls, 'CNN_2').fit_recipe(one_epoch)
+    model = HierarchicalClassifier(taxonomy, 'MLP_4', 'MLP_4', one_epoch).fit(images.dataloaders(device='cpu'))
+    with no: model.predict_proba(dls[2])
+    with no: model.fit(dls)
+
+
+def test_given_indices_are_what_a_loader_gives(dls):
+    some = dls[2].new(get_idxs=lambda: [5, 3, 8])
+    (x, y), = some
+    assert torch.equal(x, next(iter(dls[2]))[0][[5, 3, 8]]) and y.tolist() == dls[2].dataset.targets[[5, 3, 8]].tolist()
+
+
+@pytest.mark.parametrize('bs, least', [(4, .5), (7, .25), (20, .5), (128, .5)])
+def test_the_last_batch_of_a_users_loader_is_not_much_smaller(bs, least):
+    class Loader:
+        wgts = partial_n = None
+        def __init__(self, n): self.dataset = range(n)
+        def new(self, bs, drop_last):
+            self.bs = bs
+            return self
+    class Loaders: pass
+    for n in range(1, 2000):
+        dls = Loaders()
+        dls.train = Loader(n)
+        got = training_loader(dls, bs, 0).bs
+        assert min(n, bs)/2 <= got <= bs and (n%got or got)/got >= least
+
+
+def test_a_part_that_is_drawn_anew_is_shuffled(from_folder): assert is_shuffled(PartialDL(from_folder.valid_ds, partial_n=6, bs=4, shuffle=False))
+
+
+def test_augmentation_at_test_time_works_on_views_of_a_users_loaders(image_folder):
+    files = ImageDataLoaders.from_folder(image_folder, valid_pct=.2, seed=0, bs=32, num_workers=0, device='cpu', batch_tfms=aug_transforms(size=16))
+    view = class_view(files, [0, 1, 2])
+    learn = mlp_learner(view, 4)
+    with learn.no_bar(): p, y = learn.tta(n=2)
+    assert len(p) == len(view.valid.dataset)
+
+
+def test_a_learner_can_be_pickled_after_training(dls):
+    learn = mlp_learner(dls, 4)
+    with learn.no_bar(): learn.fit_recipe(one_epoch)
+    assert pickle.loads(pickle.dumps(learn)).opt_func.func is learn.opt_func.func
 
 
 def test_loaders_with_weights_are_refused(from_folder):

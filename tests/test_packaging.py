@@ -12,7 +12,7 @@ MODULES = sorted(p.stem for p in (ROOT/'hdfast').glob('*.py') if not p.stem.star
 NOTEBOOK_TOOLS = ('nbdev', 'execnb', 'IPython', 'ipykernel', 'ipywidgets', 'jupyter', 'jupyter_client', 'jupyter_core', 'jupyterlab', 'notebook', 'nbformat', 'nbclient',
                   'nbconvert', 'papermill')
 # distributions whose import name is another
-IMPORT_NAMES = {'scikit-learn': 'sklearn', 'pillow': 'PIL'}
+IMPORT_NAMES = {'scikit-learn': 'sklearn', 'pillow': 'PIL', 'pyyaml': 'yaml'}
 
 
 def settings():
