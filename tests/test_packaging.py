@@ -128,8 +128,8 @@ def imported(nodes):
 @pytest.mark.parametrize('module', MODULES)
 def test_imports_are_declared(wheel, module):
     "What a module imports is a requirement of the library, or of an extra where the import may fail; none comes along by luck"
-    always = {IMPORT_NAMES.get(r, r) for r in requirements(wheel)}
-    extras = requirements(wheel, 'reproduce') | requirements(wheel, 'ray')
+    names = lambda *extra: {IMPORT_NAMES.get(r, r) for r in requirements(wheel, *extra)}
+    always, extras = names(), names('reproduce') | names('ray')
     tree = ast.parse((ROOT/'hdfast'/f'{module}.py').read_text())
     guarded = [n for t in ast.walk(tree) if isinstance(t, ast.Try) and any(ast.unparse(h.type) == 'ImportError' for h in t.handlers if h.type) for n in t.body]
     assert set(imported(guarded)) <= always | extras
