@@ -114,12 +114,14 @@ def batch_sizes(
     batches = -(-n//bs)
     return [n//batches + (i < n%batches) for i in range(batches)]
 
+# %% ../nbs/40_learners.ipynb #954c425f
 def check_untransformed(dl):
     "ValueError for one of these loaders that was given transforms of fastai's, which it doesn't apply."
     given = [t for pipeline in (dl.after_item, dl.before_batch, dl.after_batch) for t in pipeline.fs]
     if given: raise ValueError(f"loaders of images in memory take no transforms of fastai's, such as {type(given[0]).__name__}: pass `augment` to `dataloaders`, "
                                "and normalize=False to vision_learner (they are normalised already); or make DataLoaders of fastai's own")
 
+# %% ../nbs/40_learners.ipynb #954c4260
 class ImageDL(TfmdDL):
     "A fastai DataLoader over an `ImageView` that makes whole batches on the device."
     def __init__(self, dataset, bs=128, shuffle=False, normalize=None, augment=None, device=None, drop_last=False, **kwargs):
