@@ -124,7 +124,7 @@ def _check_out(out, folder):
 def _images(folder, size, seed, skip_corrupt, clusters):
     "The `ImageSet` of a folder or a named set; ValueError if there is too little in it."
     from hdfast.datasets import image_set
-    own = {} if folder == 'synthetic' else {'skip_corrupt': skip_corrupt} # which are made, and can all be read
+    own = {} if folder == 'synthetic' else {'skip_corrupt': skip_corrupt} # images made by code can all be read
     if size is not None: own['size'] = size
     try:
         with _bars(): images = image_set(folder, seed=seed, **own)
