@@ -493,6 +493,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'hdfast.learners.cnn_tl_learner': ('learners.html#cnn_tl_learner', 'hdfast/learners.py'),
                                  'hdfast.learners.computed_in': ('learners.html#computed_in', 'hdfast/learners.py'),
                                  'hdfast.learners.crop_flip': ('learners.html#crop_flip', 'hdfast/learners.py'),
+                                 'hdfast.learners.device_of': ('learners.html#device_of', 'hdfast/learners.py'),
                                  'hdfast.learners.diverged': ('learners.html#diverged', 'hdfast/learners.py'),
                                  'hdfast.learners.held_out_confusion': ('learners.html#held_out_confusion', 'hdfast/learners.py'),
                                  'hdfast.learners.input_shape': ('learners.html#input_shape', 'hdfast/learners.py'),

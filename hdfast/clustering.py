@@ -8,7 +8,7 @@ __all__ = ['palette', 'cut_by_size', 'max_size_for', 'overlap_clusters', 'ClassH
            'cluster_recursively']
 
 # %% ../nbs/20_clustering.ipynb #80e4c97b
-import json, sys
+import json, math, sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import index
@@ -266,9 +266,9 @@ def plot(self:ClassHierarchy,
 # %% ../nbs/20_clustering.ipynb #a3408ec4
 @patch
 def _dict(self:ClassHierarchy):
-    "The fields as plain lists and numbers."
+    "The fields as plain lists and numbers, an infinite gamma as the text 'inf': JSON has no such number."
     return dict(classes=self.classes, clusters=self.clusters, home=self.home.tolist(), linkage=self.linkage.tolist(),
-                max_size=self.max_size, gamma=self.gamma, children=[c and c._dict() for c in self.children])
+                max_size=self.max_size, gamma=str(self.gamma) if self.gamma == math.inf else self.gamma, children=[c and c._dict() for c in self.children])
 
 @patch
 def to_json(self:ClassHierarchy) -> str:

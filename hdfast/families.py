@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from . import networks
 from .datasets import atomically
 from .inference import predict_in_batches
-from .learners import ImageDL, ImageView, Recipe, ViewDataLoaders, build_network, check_plain, check_predictions, computed_in, diverged, input_shape
+from .learners import ImageDL, ImageView, Recipe, ViewDataLoaders, build_network, check_plain, check_predictions, computed_in, device_of, diverged, input_shape
 from .learners import batch_sizes, torch_optimizers, training_loader
 from .networks import evaluating, network_spec
 
@@ -82,7 +82,7 @@ def train(
     on_epoch=None,          # called with the epoch's number, from 0, and its last loss
 ) -> nn.Module:             # the same, in eval mode, on the device of `dls`
     "Train by `recipe` with cross entropy; FloatingPointError if the loss stops being finite."
-    device = torch.device(dls.device)
+    device = device_of(dls)
     with no_random(seed, reproducible=False): # loaders draw random numbers too, when they are made
         net, dl = net.to(device).train(), training_loader(dls, recipe.bs, seed)
         with computed_in(recipe, net, device), no_random(seed, reproducible=False):
@@ -95,7 +95,7 @@ def can_be_recorded(dls) -> bool:
     "Whether batches are made without Python: images in memory where the network is, no augmentation."
     dl = dls.train
     if not isinstance(dl, ImageDL) or not isinstance(dl.dataset, ImageView) or dl.augment: return False
-    there, wanted = dl.dataset.images.device, torch.device(dls.device)
+    there, wanted = dl.dataset.images.device, device_of(dls)
     return there.type == wanted.type and wanted.index in (None, there.index)
 
 # %% ../nbs/45_families.ipynb #5f0a1c13
@@ -110,7 +110,7 @@ class Job:
     def build(self):
         net = build_network(self.spec, len(self.dls.vocab), input_shape(self.dls), self.seed)
         if self.weights: _start_from(net, self.weights, self.name)
-        return net.to(self.dls.device)
+        return net.to(device_of(self.dls))
 
 def _start_from(net, weights, name):
     "Copy `weights` into `net`; ValueError that names the first that has no place there."
@@ -201,7 +201,7 @@ def network_key(job:Job, recipe:Recipe) -> str:
     check_plain(dls.train)
     settings = dict(spec=network_spec(job.spec).to_dict(), recipe=asdict(recipe), seed=job.seed, classes=list(map(str, data.vocab)),
                     images=data.source, augment=_function_text(dls.train.augment), shuffle=dls.train.shuffle,
-                    device=torch.device(dls.device).type, torch=torch.__version__, products=torch.get_float32_matmul_precision(),
+                    device=device_of(dls).type, torch=torch.__version__, products=torch.get_float32_matmul_precision(),
                     normalize=dls.train.normalize and asdict(dls.train.normalize), code=code_version('networks', 'learners', 'families'))
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=plain_number).encode())
     for t in (data.index, data.targets): key.update(t.cpu().numpy().tobytes())
@@ -230,7 +230,7 @@ def cached_file(
 def _read(job, file):
     "The network of a job, from its file; None if there is none that can be read."
     if not (file and file.exists()): return None
-    net = job.build().to(job.dls.device)
+    net = job.build().to(device_of(job.dls))
     return net.eval() if read_weights(net, file) else None
 
 # %% ../nbs/45_families.ipynb #5f0a1d03
@@ -366,7 +366,7 @@ def _train_fused(jobs, recipe):
     loaders = [training_loader(job.dls, recipe.bs, job.seed) for job in jobs]
     longest_first = sorted(range(len(jobs)), key=lambda e: -len(loaders[e].dataset))
     jobs, loaders = [jobs[e] for e in longest_first], [loaders[e] for e in longest_first]
-    nets, device = [job.build() for job in jobs], torch.device(jobs[0].dls.device)
+    nets, device = [job.build() for job in jobs], device_of(jobs[0].dls)
     params, inputs = _stack(nets), _FamilyInputs(loaders, device)
     rule, plan = _rules[recipe.optimizer](params, recipe.wd), _family_plan(recipe, loaders, device)
     for epoch in range(recipe.epochs):
@@ -482,7 +482,7 @@ def _work(jobs, which):
     alike = defaultdict(list)
     for i in which: alike[_fusable(jobs[i])].append(i)
     rest = alike.pop(None, []) + [some[0] for some in alike.values() if len(some) == 1]
-    recordable = [i for i in rest if torch.device(jobs[i].dls.device).type == 'cuda' and can_be_recorded(jobs[i].dls)]
+    recordable = [i for i in rest if device_of(jobs[i].dls).type == 'cuda' and can_be_recorded(jobs[i].dls)]
     yield from ((_train_alone, [i]) for i in rest if i not in recordable)
     yield from ((_train_side_by_side, part) for part in chunked(_longest_first(jobs, recordable), 16))
     for some in alike.values():
@@ -495,9 +495,9 @@ def _train_side_by_side(jobs, recipe):
     "Train on a GPU from recorded steps; dropout is seeded by the first job."
     nets, loaders = [job.build() for job in jobs], [training_loader(job.dls, recipe.bs, job.seed) for job in jobs]
     with ExitStack() as stack, torch.random.fork_rng():
-        for job, net in zip(jobs, nets): stack.enter_context(computed_in(recipe, net, job.dls.device))
+        for job, net in zip(jobs, nets): stack.enter_context(computed_in(recipe, net, device_of(job.dls)))
         torch.manual_seed(jobs[0].seed)
-        _train_recorded(nets, loaders, recipe, [job.name for job in jobs], torch.device(jobs[0].dls.device))
+        _train_recorded(nets, loaders, recipe, [job.name for job in jobs], device_of(jobs[0].dls))
     for job, net in zip(jobs, nets): check_predictions(net.eval(), job.dls, job.name)
     return nets
 
@@ -592,7 +592,7 @@ def feature_dataloaders(
     "The outputs of a frozen `body` in place of the images, computed once for all samples."
     check_features(dls)
     view = dls.train.dataset
-    values = features(body.to(dls.device), view.images, dls.train.inputs)
+    values = features(body.to(device_of(dls)), view.images, dls.train.inputs)
     source = view.source and _features_source(view, dls.train.normalize, body)
     over = lambda v: ImageView(values, v.index, v.targets, list(v.vocab), source)
     return ViewDataLoaders(*[dl.new(over(dl.dataset), normalize=None) for dl in dls.loaders], path=dls.path, device=dls.device)

@@ -23,7 +23,7 @@ from .clustering import ClassHierarchy, cluster_into
 from .families import Job, bar_over, fit_network, fit_networks, plain_number
 from .inference import predict_in_batches
 from .learners import ImageDL, Normalization, Recipe, build_network, check_classes, check_plain, class_view, cluster_view
-from .learners import held_out_confusion, input_shape, is_shuffled, recipe
+from .learners import device_of, held_out_confusion, input_shape, is_shuffled, recipe
 from .networks import NetworkSpec, evaluating, n_parameters, network_spec
 
 # %% ../nbs/50_hierarchical.ipynb #4b1c8974
@@ -119,7 +119,7 @@ def _place(self:HierarchicalClassifier, nets, dls):
     experts = [None if len(h.clusters[q]) == 1 else next(nets) if h.children[q] is None else self._nested(q)._place(nets, dls)
                for q in range(h.n_clusters)]
     self.router, self.experts = router, experts
-    self.shape, self.device, self.normalize = input_shape(dls), torch.device(dls.device), getattr(dls.train, 'normalize', None)
+    self.shape, self.device, self.normalize = input_shape(dls), device_of(dls), getattr(dls.train, 'normalize', None)
     return self
 
 @patch(as_prop=True)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['torch_optimizers', 'optimizers', 'RECIPES', 'View', 'ImageView', 'Normalization', 'batch_sizes',
-           'check_untransformed', 'ImageDL', 'ViewDataLoaders', 'crop_flip', 'DatasetView', 'as_view', 'check_plain',
-           'cluster_view', 'check_classes', 'class_view', 'Recipe', 'recipe', 'computed_in', 'diverged', 'StopOnNaN',
-           'SkipValidation', 'check_predictions', 'training_loader', 'build_network', 'network_learner', 'input_shape',
-           'mlp_learner', 'cnn_learner', 'cnn_tl_learner', 'is_shuffled', 'probabilities', 'accuracy_on',
+           'check_untransformed', 'ImageDL', 'ViewDataLoaders', 'crop_flip', 'DatasetView', 'as_view', 'device_of',
+           'check_plain', 'cluster_view', 'check_classes', 'class_view', 'Recipe', 'recipe', 'computed_in', 'diverged',
+           'StopOnNaN', 'SkipValidation', 'check_predictions', 'training_loader', 'build_network', 'network_learner',
+           'input_shape', 'mlp_learner', 'cnn_learner', 'cnn_tl_learner', 'is_shuffled', 'probabilities', 'accuracy_on',
            'held_out_confusion', 'class_counts']
 
 # %% ../nbs/40_learners.ipynb #a42bf9b7
@@ -215,6 +215,13 @@ def as_view(dataset) -> View:
     targets = torch.tensor([int(y) for y in labels], dtype=torch.long)
     return DatasetView(dataset, torch.arange(len(targets)), targets, dataset.vocab)
 
+# %% ../nbs/40_learners.ipynb #40aa0012
+def device_of(
+    dls,              # DataLoaders
+) -> torch.device:
+    "Where batches are given: the CPU for loaders that were made without a device."
+    return torch.device(dls.device or 'cpu')
+
 # %% ../nbs/40_learners.ipynb #99e23727
 def _views(dls, relabel):
     "`DataLoaders` with `relabel` applied to the view of each loader."
@@ -357,7 +364,7 @@ def fit_recipe(self:Learner,
     "Train by `recipe`; FloatingPointError if the loss stops being finite."
     self.opt_func, self.opt = optimizers[recipe.optimizer], None
     fit = self.fit_one_cycle if recipe.schedule == 'one_cycle' else self.fit
-    with no_random(seed, reproducible=False), _own_batches(self, recipe.bs, seed), computed_in(recipe, self.model, self.dls.device), no_random(seed, reproducible=False):
+    with no_random(seed, reproducible=False), _own_batches(self, recipe.bs, seed), computed_in(recipe, self.model, device_of(self.dls)), no_random(seed, reproducible=False):
         fit(recipe.epochs, recipe.lr, wd=recipe.wd, cbs=StopOnNaN(name))
         check_predictions(self.model.eval(), self.dls, name)
     return self
@@ -420,7 +427,7 @@ def network_learner(
     **kwargs,            # to fastai's Learner
 ) -> Learner:
     "A fastai Learner of the network `spec` for the classes and the image size of `dls`."
-    net = build_network(spec, len(dls.vocab), input_shape(dls), seed).to(dls.device)
+    net = build_network(spec, len(dls.vocab), input_shape(dls), seed).to(device_of(dls))
     return Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=metrics, **kwargs)
 
 def input_shape(

@@ -27,7 +27,7 @@ from .clustering import ClassHierarchy, check_one_level, cluster_classes
 from .families import Job, code_version, feature_dataloaders, network_key, plain_number, read_weights, save_weights, timed, train
 from .hierarchical import HierarchicalClassifier
 from .inference import predict_in_batches
-from .learners import Normalization, Recipe, check_classes, class_counts, held_out_confusion, input_shape, probabilities
+from .learners import Normalization, Recipe, check_classes, class_counts, device_of, held_out_confusion, input_shape, probabilities
 from .networks import Conv, NetworkSpec, Stage, _max_pool, evaluating, n_parameters, network, network_spec, seeded
 
 # %% ../nbs/55_trunk.ipynb #0f3761fb
@@ -435,12 +435,12 @@ def fit(self:TrunkClassifier,
     if start is not None and self.spec.trunk.fc and not isinstance(start, SharedTrunk):
         raise ValueError("a flat net has convolutions for a trunk, but not its shared layers: leave them out of the spec, shared=()")
     if start is not None: net.body.load_state_dict(start.body.state_dict() if isinstance(start, SharedTrunk) else _prefixed(start.body))
-    net.to(dls.device)
+    net.to(device_of(dls))
     file = cache and Path(cache).expanduser()/f'trunk_{self._key(dls, ([net] if start is not None else []) + list(teachers), [frozen, balanced])}.safetensors'
     if not read_weights(net, file):
         _, net.training_seconds = timed(lambda: self._train(net, dls, frozen, teachers, balanced, on_epoch))
         if file: save_weights(net, file)
-    return self._use(net, shape, getattr(dls.train, 'normalize', None), dls.device)
+    return self._use(net, shape, getattr(dls.train, 'normalize', None), device_of(dls))
 
 # %% ../nbs/55_trunk.ipynb #69a62cb9
 @patch
@@ -556,6 +556,6 @@ def re_estimate(
 ) -> TrunkClassifier:
     "A classifier over clusters from the confusion of `model`, trained on from its trunk."
     if type(model) is not TrunkClassifier: raise TypeError(f"a {type(model).__name__} can't be trained on from its trunk: make a new one over clusters from its confusion")
-    old, net = model.hierarchy, model.to(dls.device).net
+    old, net = model.hierarchy, model.to(device_of(dls)).net
     h = cluster_classes(held_out_confusion(net, dls), old.max_size, old.gamma, old.classes)
     return type(model)(h, model.spec, model.recipe, model.seed).fit(dls, cache, start=net)

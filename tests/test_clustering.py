@@ -208,6 +208,8 @@ def test_gamma_at_its_extremes(C, size):
     assert everywhere.clusters == (tuple(range(len(C))),)*disjoint.n_clusters
     assert nowhere.clusters == disjoint.clusters
     assert ClassHierarchy.from_json(everywhere.to_json()) == everywhere
+    def not_in_json(constant): raise AssertionError(f'{constant} is no number of JSON')
+    json.loads(everywhere.to_json(), parse_constant=not_in_json)
 
 
 @pytest.mark.parametrize('gamma', [0, -1, math.nan])

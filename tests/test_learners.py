@@ -10,7 +10,8 @@ import pytest
 import torch
 from fastai.callback.data import PartialDL
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
-from fastai.vision.all import (CategoryBlock, ClassificationInterpretation, DataBlock, ImageBlock, ImageDataLoaders, Normalize, PILImage, RandomSplitter,
+from fastai.data.load import DataLoader as fastai_loader
+from fastai.vision.all import (DataLoaders, CategoryBlock, ClassificationInterpretation, DataBlock, ImageBlock, ImageDataLoaders, Normalize, PILImage, RandomSplitter,
                                Resize, aug_transforms, get_image_files, load_learner, parent_label)
 from hypothesis import given, strategies as st
 from matplotlib import pyplot as plt
@@ -23,6 +24,7 @@ from hdfast.clustering import cluster_classes, hierarchy_from_groups
 from hdfast.datasets import HELD_OUT, TRAIN, ImageSet, synthetic
 from hdfast.families import Job, feature_dataloaders, fit_network, network_key, save_weights
 from hdfast.hierarchical import HierarchicalClassifier
+from hdfast.trunk import TrunkClassifier
 from hdfast.learners import (RECIPES, ImageDL, training_loader, ImageView, Normalization, ViewDataLoaders, batch_sizes, build_network, class_counts, class_view, cluster_view, cnn_learner, computed_in, cnn_tl_learner, crop_flip, held_out_confusion, is_shuffled,
                              mlp_learner, network_learner, probabilities, recipe)
 
@@ -612,6 +614,25 @@ def test_the_flat_network_drops_no_sample_of_a_users_loaders(from_folder, monkey
 def test_the_flat_network_is_trained_on_a_users_loaders_with_fewer_samples_than_a_batch(image_folder):
     few = ImageDataLoaders.from_folder(image_folder, valid_pct=.2, seed=0, bs=512, num_workers=0, device='cpu')
     fit_network(few, 'MLP_4', one_epoch)
+
+
+class PlainDataset(torch.utils.data.Dataset):
+    "Images and labels, as someone writes a dataset for PyTorch."
+    def __init__(self, images, rows): self.x, self.y = images.images[rows]/255., images.labels[rows]
+    def __len__(self): return len(self.y)
+    def __getitem__(self, i): return self.x[i], self.y[i]
+
+
+def plain_loaders(images): return DataLoaders(*[fastai_loader(PlainDataset(images, rows), bs=32, shuffle=rows is images.train) for rows in (images.train, images.held_out)])
+
+
+@pytest.mark.parametrize('train', [lambda dls, h: fit_network(dls, 'CNN_2', replace(one_epoch, precision='bfloat16')), lambda dls, h: network_learner(dls, 'MLP_4').fit_recipe(one_epoch).model,
+                                   lambda dls, h: HierarchicalClassifier(h, 'MLP_4', 'MLP_4', one_epoch).fit(dls).predict_proba(dls.valid),
+                                   lambda dls, h: TrunkClassifier(h, recipe=one_epoch).fit(dls).predict_proba(dls.valid)], ids=['network', 'learner', 'hierarchy', 'trunk'])
+def test_loaders_without_a_device_give_batches_on_the_cpu(images, taxonomy, monkeypatch, train):
+    monkeypatch.setattr(PlainDataset, 'vocab', list(images.classes), raising=False)
+    assert plain_loaders(images).device is None
+    train(plain_loaders(images), taxonomy)
 
 
 def test_training_leaves_the_callers_loaders_as_they_were(dls):
