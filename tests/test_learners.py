@@ -569,6 +569,23 @@ def test_the_confusion_matrix_of_fastai_has_a_row_for_each_class(source, request
 
 
 @sources
+def test_the_samples_with_the_largest_losses_are_shown_with_their_labels(source, request):
+    view = class_view(request.getfixturevalue(source), [4, 1, 7])
+    learn = mlp_learner(view, 4)
+    with learn.no_bar():
+        told = ClassificationInterpretation.from_learner(learn)
+        losses, at, items = told.top_losses(3, items=True)
+        inputs, _, targets, _, again = told[at]
+        told.plot_top_losses(3)
+    assert torch.equal(again, losses) and [str(o).split()[1] for o in items] == [f'{i}:' for i in at.tolist()]
+    want = [view.valid.dataset[int(i)] for i in at]
+    assert targets.tolist() == [int(y) for _, y in want] and len(inputs) == 3
+    if source == 'dls': assert torch.equal(torch.as_tensor(inputs), view.valid.inputs(torch.stack([torch.as_tensor(x) for x, _ in want])))
+    assert {ax.get_title().split('/')[1].strip() for ax in plt.gcf().axes} <= set(view.vocab)
+    plt.close()
+
+
+@sources
 def test_a_learner_predicts_one_image(source, images, image_folder, request):
     view = class_view(request.getfixturevalue(source), [4, 1, 7])
     item = images.images[0] if source == 'dls' else next(image_folder.rglob('*.png'))
@@ -719,6 +736,16 @@ def test_augmentation_at_test_time_works_on_views_of_a_users_loaders(image_folde
     learn = mlp_learner(view, 4)
     with learn.no_bar(): p, y = learn.tta(n=2)
     assert len(p) == len(view.valid.dataset)
+
+
+def test_augmentation_at_test_time_works_in_memory(images):
+    seen = []
+    dls = images.dataloaders(bs=32, device='cpu', augment=lambda x, g: (seen.append(len(x)), crop_flip(x, g))[1])
+    learn = mlp_learner(class_view(dls, [0, 1, 2]), 4)
+    with learn.no_bar(): (augmented, plain), y = learn.tta(n=2, beta=None)
+    with learn.no_bar(): again, _ = learn.get_preds()
+    assert sum(seen) == 2*len(y) and torch.equal(plain, again) and not torch.equal(augmented, plain)
+    assert learn.dls.valid.dataset.split_idx is None
 
 
 def test_a_learner_can_be_pickled_after_training(dls):
