@@ -43,6 +43,11 @@ class _Alive:
         self.peak = max(self.peak, sum(self.storages.values()))
 
 # %% ../nbs/35_memory.ipynb #3a51c017
+_aten = torch.ops.aten
+_products = {**flop_registry, # and products that it leaves out: with a vector, and of two inputs by a bilinear layer, one input after the other
+             _aten.mv: lambda m, v, **_: 2*m.numel(), _aten.addmv: lambda y, m, v, **_: 2*m.numel(), _aten.dot: lambda a, b, **_: 2*a.numel(),
+             _aten._trilinear: lambda a, w, b, *_, out_val: 2*len(out_val)*(w.numel() + w.shape[0]*w.shape[2])}
+
 class _Trace(TorchDispatchMode):
     "Follows a forward pass: a row for each layer, and the peak of living data."
     def __init__(self, known, x):
@@ -55,7 +60,7 @@ class _Trace(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
         self.alive.add(out)
-        flops = flop_registry.get(op._overloadpacket)
+        flops = _products.get(op._overloadpacket)
         macs = flops(*args, **(kwargs or {}), out_val=out)//2 if flops else 0
         if self.leaf is not None: self.macs += macs
         elif macs or self._new(out): self.row(self.path[-1] if self.path else '', op._overloadpacket.__name__, out, macs)

@@ -94,6 +94,20 @@ NETS = {'vgg16': lambda: model('vgg16'), 'resnet18': lambda: model('resnet18'), 
         'squeezenet': lambda: model('squeezenet1_1'), 'vit': lambda: model('vit_b_16'), 'grouped': lambda: meta(Grouped), 'CNN_TL_1': lambda: meta(network, 'CNN_TL_1', 1000, 224)}
 
 
+class Products(nn.Module):
+    "A vector of weights, and two halves of the input by a bilinear layer."
+    def __init__(self):
+        super().__init__()
+        self.v, self.bilinear = nn.Parameter(torch.zeros(12)), nn.Bilinear(5, 7, 4)
+    def forward(self, x):
+        x = x.flatten(1)
+        return torch.cat([self.bilinear(x[:, :5], x[:, 5:]), (x @ self.v)[:, None]], 1)
+
+def test_products_with_a_vector_and_of_two_inputs_are_counted():
+    m = network_memory(Products(), size=(3, 2, 2), batch=3)
+    assert m.macs == 3*(12 + 4*5*7 + 4*7)                             # x[:, :5] times the weights, then times x[:, 5:]
+
+
 @pytest.mark.parametrize('name', NETS)
 def test_flops_are_those_of_torch(name):
     net = NETS[name]().eval()
