@@ -381,6 +381,7 @@ def _pair(trunk): return [f'{trunk}, tied', f'{trunk}, one cluster'] # a hierarc
 _normed, _slim, _wide, _dropped = map(_pair, ('batch norm', 'slim trunk, batch norm', 'wide trunk, batch norm', 'wide trunk, batch norm, drop'))
 _repeated = [*_normed, 'CNN_1, batch norm']                            # and what CNN_1 gains by it
 _twins = [*(f'{name}, other seed' for name in _normed), f'{_normed[0]}, max_size 10'] # for averages
+_dropped_hd = ['wide trunk, batch norm, drop, HD-CNN']                  # HD-CNN with more filters on small maps, and dropout
 _balanced = [f'{name}, balanced' for name in _normed]                  # where classes differ in size
 _few = [_paper[0], 'shared trunk, tied', *_repeated, *_slim, 'HD-CNN', 'batch norm, HD-CNN', *_twins]
 _heads = ['linear experts', 'nothing but convolutions shared', 'private convolutions', 'pace sqrt n']
@@ -412,6 +413,7 @@ def _trunks(dataset, how):
     yield _trunk(dataset, how, f'trunk_best_{dataset}_{how}', cpu=cpu | dict(runs=3, variants=_dropped), paper=paper | dict(runs=6, variants=_dropped))
     yield _trunk(dataset, how, f'trunk_normed_{dataset}_{how}', cpu=cpu | dict(runs=3, variants=_repeated), paper=paper | dict(runs=6, variants=_repeated))
     yield _trunk(dataset, how, f'trunk_adaptive_{dataset}_{how}', cpu=cpu | dict(runs=1, variants=_paper), paper=paper | dict(runs=3, variants=_paper))
+    yield _trunk(dataset, how, f'trunk_hdcnn_{dataset}_{how}', cpu=cpu | dict(runs=1, variants=_dropped_hd), paper=paper | dict(runs=3, variants=_dropped_hd))
     yield _trunk(dataset, how, f'trunk_trial_{dataset}_{how}', cpu=cpu | dict(runs=1, variants=_trials), paper=paper | dict(runs=1, variants=['all']))
 
 EXPERIMENTS |= {e.name: e for e in [
