@@ -250,7 +250,8 @@ class _OneTrunk:
     def networks(self):
         from hdfast.networks import network_spec
         from hdfast.trunk import TRUNKS
-        return {'trunk': TRUNKS.get(self.trunk) or network_spec(self.trunk)}
+        try: return {'trunk': TRUNKS.get(self.trunk) or network_spec(self.trunk)}
+        except ValueError as e: raise ValueError(f"--trunk {self.trunk}: {e}; made for sharing are {' and '.join(TRUNKS)}") from None
     def said(self, h): return f'router and {sum(len(q) > 1 for q in h.clusters)} experts on the convolutions of {self.trunk}'
     def fit(self, dls, h, how, seed, cache):
         from hdfast.trunk import TrunkClassifier

@@ -69,6 +69,7 @@ def overlap_clusters(
 ) -> tuple:      # clusters as sorted tuples of class ids; a class may now sit in several
     "Add to each cluster the classes that are routed into it often enough (step 4 of Algorithm 1, eq. 1 repaired)."
     if not gamma > 0: raise ValueError(f"gamma must be positive, got {gamma}; for disjoint clusters leave it out (None)")
+    C = check_confusion(C)
     wrong = [c for q in clusters for c in q if not 0 <= c < np.shape(C)[0]]
     if wrong: raise ValueError(f"the clusters hold class {wrong[0]}, and C has the classes 0 to {np.shape(C)[0] - 1}")
     threshold = (1 - 1e-9)/(gamma*len(clusters))

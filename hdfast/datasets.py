@@ -446,6 +446,7 @@ def _paths(files): return [os.path.abspath(f) for f in ([files] if isinstance(fi
 
 def _check_decodable(files, size):
     "Refuse a size that no image can have, and no files at all."
+    if not isinstance(size, Integral): raise ValueError(f'size is one whole number, the side of a square in pixels, not {size!r}')
     if size < 1: raise ValueError(f'images need at least one pixel a side, not {size}')
     if not files: raise ValueError('no files to decode')
 

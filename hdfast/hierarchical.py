@@ -7,7 +7,7 @@ __all__ = ['combine', 'HierarchicalClassifier', 'price', 'routing_scores', 'cali
            'Evaluation', 'check_replaceable', 'Decomposition', 'decompose']
 
 # %% ../nbs/50_hierarchical.ipynb #e87d350f
-import json, os, platform, shutil, tempfile
+import json, os, platform, shutil, tempfile, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +22,8 @@ from . import __version__
 from .clustering import ClassHierarchy, cluster_into
 from .families import Job, bar_over, fit_network, fit_networks, plain_number
 from .inference import predict_in_batches
-from .learners import ImageDL, Normalization, Recipe, build_network, check_classes, check_plain, class_view, cluster_view
-from .learners import device_of, held_out_confusion, input_shape, is_shuffled, recipe
+from .learners import ImageDL, Normalization, Recipe, build_network, check_answers, check_classes, check_network, check_plain, check_scores, check_whole
+from .learners import class_view, cluster_view, device_of, held_out_confusion, input_shape, recipe
 from .networks import NetworkSpec, evaluating, n_parameters, network_spec
 
 # %% ../nbs/50_hierarchical.ipynb #4b1c8974
@@ -125,6 +125,7 @@ def _place(self:HierarchicalClassifier, nets, dls):
 @patch(as_prop=True)
 def networks(self:HierarchicalClassifier):
     "Hierarchy classifier and experts, those that there are, of a nested one all of its own; of heads on a shared trunk, the heads alone."
+    self._check_trained()
     return [net for m in (self.router, *self.experts) if m is not None for net in (m.networks if isinstance(m, HierarchicalClassifier) else [m])]
 
 def price(
@@ -138,7 +139,7 @@ def price(
 def _inputs(self:HierarchicalClassifier, data):
     "The number of images in `data`, a function from rows to network inputs, and the targets if `data` has them."
     self._check_trained()
-    if is_shuffled(data): raise ValueError("the loader is shuffled, so the answers would come in no known order")
+    check_whole(data)
     images, rows_of, targets = _raw(data)
     if tuple(images.shape[1:]) != self.shape:
         raise ValueError(f"images have shape {tuple(images.shape)}; this classifier takes (N, {', '.join(map(str, self.shape))})")
@@ -147,6 +148,8 @@ def _inputs(self:HierarchicalClassifier, data):
                          "pass such a loader (dls.test_dl(files))")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}: pass uint8 pixels, or floats that are normalised already")
+    if images.is_floating_point() and self.normalize and images.numel() and 0 <= images.min() and images.max() <= 1:
+        warnings.warn("all floats lie in [0, 1]: these look like pixels, but floats are taken as normalised already; pass uint8, or a loader that normalises", stacklevel=4)
     prepare = self.normalize if images.dtype == torch.uint8 else torch.Tensor.float
     return len(rows_of), lambda rows: prepare(images.index_select(0, rows_of[rows]).to(self.device)), targets
 
@@ -190,12 +193,7 @@ def _clusters_and_classes(self:HierarchicalClassifier, images, k=1, duplicates='
     p, ask = self._opinions(n, take)
     return _answered(p), _answered(self._combine(p, ask, k, duplicates))
 
-def _answered(p):
-    "Probabilities as an array; ValueError where there are none, instead of a class that means nothing."
-    p = p.numpy()
-    failed = np.flatnonzero(~np.isfinite(p).all(1))
-    if len(failed): raise ValueError(f"no answer for {len(failed)} of {len(p)} images, the first at {failed[0]}: their pixels or the network's weights are NaN or infinite")
-    return p
+def _answered(p): return check_answers(p.numpy())
 
 @patch
 def predict_proba(self:HierarchicalClassifier,
@@ -240,6 +238,7 @@ def calibration_error(
     bins:int=15,  # equally wide bins of confidence
 ) -> float:       # in [0, 1]; 0 is best
     "Expected calibration error: mean gap between confidence and accuracy."
+    probs, y = np.asarray(probs), np.asarray(y)
     confidence, right = probs.max(1), probs.argmax(1) == y
     b = np.minimum((confidence*bins).astype(int), bins - 1)
     total = lambda v: np.bincount(b, weights=v, minlength=bins)
@@ -251,6 +250,7 @@ def class_scores(
     y,     # (N,) true classes
 ) -> dict:
     "Final accuracy (FC): micro, macro and top-5, and the calibration error."
+    probs, y = np.asarray(probs), np.asarray(y)
     true = probs[np.arange(len(y)), y]
     top5 = ((probs > true[:, None]).sum(1) < 5) & (true > 0)
     right = probs.argmax(1) == y
@@ -310,7 +310,11 @@ def _flat_probabilities(self:HierarchicalClassifier, flat, dl, take, rows):
     if isinstance(dl, ImageDL) and dl.normalize != self.normalize:
         images, rows_of, _ = _raw(dl)
         take = lambda r: dl.inputs(images.index_select(0, rows_of[r])).to(self.device)
-    return self._run(flat, take, rows).numpy()
+    if isinstance(flat, HierarchicalClassifier): return _answered(self._run(flat, take, rows))
+    check_network(flat)
+    with evaluating(flat), torch.no_grad():
+        check_scores(flat(take(rows[:1])), dl)
+        return _answered(predict_in_batches(flat, take, rows, self.shape, self.device).softmax(1).cpu())
 
 # %% ../nbs/50_hierarchical.ipynb #34a645c1
 def _ways(p, flat_probs, y, h):
@@ -547,6 +551,7 @@ def decompose(
     "Train a flat network, cluster the classes by its confusion, and train the hierarchy (Algorithm 1 and section 4.1.1)."
     how, names = _recipe(recipe), list(map(str, dls.vocab))
     _check_plan(dls, n_clusters, gamma, router, expert, names)
+    if not isinstance(flat, (str, NetworkSpec)): check_network(flat)
     net = flat if isinstance(flat, nn.Module) else fit_network(dls, flat, how, seed, 'the flat network', cache)
     C = held_out_confusion(net, dls)
     h = cluster_into(C, n_clusters, gamma, names)

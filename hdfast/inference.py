@@ -32,7 +32,12 @@ def _layers(net):
         if type(m) is nn.Sequential: yield from _layers(m)
         else: yield m
 
-def _hooked(net): return any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+def _hooked(net): return any(m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m) for m in net.modules())
+
+_fresh = nn.Conv2d, nn.Linear # give what nobody else holds
+_passing = nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.Identity # keep nothing of what they are given
+
+def _waits_for(m): return type(m) is nn.MaxPool2d and not m.return_indices # a ReLU may come after it
 
 def forward(
     net,   # a network in eval mode
@@ -43,8 +48,8 @@ def forward(
     waits = own = False # is there a ReLU to be done, and may it overwrite x?
     for m in _layers(net):
         if type(m) is nn.ReLU: waits = True; continue
-        if waits and type(m) is not nn.MaxPool2d: x, waits = x.relu_() if own else x.relu(), False
-        x, own = _halve(x) if _halves(m, x) else m(x), own or isinstance(m, (nn.Conv2d, nn.Linear))
+        if waits and not _waits_for(m): x, waits = x.relu_() if own else x.relu(), False
+        x, own = _halve(x) if _halves(m, x) else m(x), type(m) in _fresh or own and type(m) in _passing
     return x.relu() if waits else x
 
 # %% ../nbs/37_inference.ipynb #3a7e010d

@@ -7,8 +7,8 @@ __all__ = ['torch_optimizers', 'optimizers', 'RECIPES', 'Sample', 'View', 'Image
            'check_untransformed', 'ImageDL', 'ViewDataLoaders', 'crop_flip', 'DatasetView', 'as_view', 'device_of',
            'check_plain', 'cluster_view', 'check_classes', 'class_view', 'Recipe', 'recipe', 'computed_in', 'diverged',
            'StopOnNaN', 'SkipValidation', 'check_predictions', 'training_loader', 'build_network', 'network_learner',
-           'input_shape', 'mlp_learner', 'cnn_learner', 'cnn_tl_learner', 'is_shuffled', 'probabilities', 'accuracy_on',
-           'held_out_confusion', 'class_counts']
+           'input_shape', 'mlp_learner', 'cnn_learner', 'cnn_tl_learner', 'is_shuffled', 'check_whole', 'check_network',
+           'probabilities', 'check_scores', 'check_answers', 'accuracy_on', 'held_out_confusion', 'class_counts']
 
 # %% ../nbs/40_learners.ipynb #a42bf9b7
 import random, warnings
@@ -314,6 +314,7 @@ class Recipe:
         for field in ('epochs', 'bs'):
             if not isinstance(n := getattr(self, field), Integral) or n < 1: raise ValueError(f"{field} must be a whole number, at least 1, not {n!r}")
             object.__setattr__(self, field, int(n))
+        for field in ('lr', 'wd'): object.__setattr__(self, field, float(getattr(self, field))) # JSON knows no numbers of NumPy
 
 # %% ../nbs/40_learners.ipynb #4b5eb1e5
 torch_optimizers = {'sgd': partial(torch.optim.SGD, momentum=.9, foreach=True),
@@ -491,6 +492,19 @@ def is_shuffled(
     samplers = [getattr(o, 'sampler', None) for o in (dl, getattr(dl, 'batch_sampler', None))]
     return any(getattr(o, 'shuffle', False) or isinstance(o, _at_random) for o in (dl, *samplers))
 
+def check_whole(dl):
+    "ValueError for a loader that is shuffled, or leaves out its last samples: its answers couldn't be told apart."
+    if is_shuffled(dl): raise ValueError("the loader is shuffled, so the answers would come in no known order: use dls.valid or dls[2], or with fastai's DataLoaders dls.test_dl(items, with_labels=True)")
+    for o in (dl, getattr(dl, 'batch_sampler', None)):
+        n, bs = len(dl.dataset) if hasattr(dl, 'dataset') else 0, getattr(o, 'bs', None) or getattr(o, 'batch_size', None)
+        if getattr(o, 'drop_last', False) and bs and n % bs: raise ValueError(f"the loader leaves out the last {n % bs} of {n} samples: make it with drop_last=False, such as dls.train.new(shuffle=False, drop_last=False)")
+
+def check_network(net):
+    "ValueError for what isn't a network of PyTorch."
+    if isinstance(net, nn.Module): return
+    part = next((name for name in ('net', 'model') if isinstance(getattr(net, name, None), nn.Module)), None)
+    raise ValueError(f"a {type(net).__name__} isn't a network of PyTorch" + (f": pass its `{part}`" if part else ''))
+
 # %% ../nbs/40_learners.ipynb #3f78dfc1
 @torch.no_grad()
 def probabilities(
@@ -498,9 +512,26 @@ def probabilities(
     dl,                 # a loader that isn't shuffled
 ) -> tuple:             # probabilities (N, K) and targets (N,), numpy
     "Softmax outputs of `net` for every sample of `dl`, and the targets."
-    if is_shuffled(dl): raise ValueError("the loader is shuffled: use dls.valid or dls[2], or with fastai's DataLoaders dls.test_dl(items, with_labels=True)")
-    with evaluating(net): out = [(net(x).softmax(1).cpu(), torch.as_tensor(y).cpu()) for x, y in dl]
-    return tuple(torch.cat(o).numpy() for o in zip(*out))
+    check_network(net)
+    check_whole(dl)
+    with evaluating(net): out = [(check_scores(net(x), dl).softmax(1).cpu(), torch.as_tensor(y).cpu()) for x, y in dl]
+    if not out: raise ValueError("the loader has no samples")
+    probs, y = (torch.cat(o).numpy() for o in zip(*out))
+    return check_answers(probs), y
+
+def check_scores(scores, dl):
+    "The outputs of a flat network for a batch of `dl`; ValueError unless they are a number for each class."
+    K = len(dl.vocab) if hasattr(dl, 'vocab') else None
+    if not isinstance(scores, torch.Tensor) or scores.ndim != 2 or scores.shape[1] != (K or scores.shape[1]):
+        given = f'a {type(scores).__name__}' if not isinstance(scores, torch.Tensor) else f'outputs of shape {tuple(scores.shape)}'
+        raise ValueError(f"the network gives {given}; a number for each {f'of {K} classes' if K else 'class'} is needed, (N, {K or 'K'})")
+    return scores
+
+def check_answers(p):
+    "Probabilities (N, K); ValueError where there are none, instead of a class that means nothing."
+    failed = np.flatnonzero(~np.isfinite(p).all(1))
+    if len(failed): raise ValueError(f"no answer for {len(failed)} of {len(p)} images, the first at {failed[0]}: their pixels or the network's weights are NaN or infinite")
+    return p
 
 # %% ../nbs/40_learners.ipynb #40aa0005
 def accuracy_on(

@@ -320,7 +320,7 @@ def measured_peak(
 ) -> float:         # MB
     "Peak of memory in a forward pass as torch reports it, the batch included and the parameters not."
     net, shape = _module_and_shape(net, None, size)
-    device, kind = torch.device(device), next(net.parameters()).dtype
+    device, kind = torch.device(device), next((p.dtype for p in net.parameters()), torch.float32)
     forward = lambda: net(torch.zeros(batch, *shape, device=device, dtype=kind))
     with evaluating(net), torch.inference_mode():
         forward() # what is allocated once and kept doesn't count

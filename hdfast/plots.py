@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 from scipy.sparse import issparse
 from .clustering import ClassHierarchy, palette
+from .confusion import check_confusion
 
 # %% ../nbs/70_plots.ipynb #b66d2a6a
 def cluster_order(
@@ -29,7 +30,8 @@ def plot_confusion(
     ax=None,          # matplotlib axes; by default a new figure
 ):                    # the axes
     "Off-diagonal confusion, classes ordered by cluster, each cluster framed."
-    order, K = cluster_order(h), h.n_classes
+    C, order, K = check_confusion(C), cluster_order(h), h.n_classes
+    if len(order) != C.shape[0]: raise ValueError(f"a confusion of {C.shape[0]} classes and a hierarchy of {K} don't go together")
     shown = 100*(C.toarray() if issparse(C) else np.asarray(C))[np.ix_(order, order)] * (1 - np.eye(K))
     if ax is None: ax = plt.subplots(figsize=(6.5, 5.5), layout='constrained')[1]
     image = ax.imshow(shown, cmap='cividis', interpolation='nearest')

@@ -15,6 +15,7 @@ from collections import Counter
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 import cloudpickle
 import numpy as np
@@ -27,6 +28,7 @@ from joblib.externals.loky import get_reusable_executor
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import entropy
+from sklearn.base import BaseEstimator
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from .clustering import ClassHierarchy, check_one_level, palette, sub_confusion
 from .confusion import check_confusion, distance_matrix
@@ -239,8 +241,15 @@ def _features(descriptions): return np.array([list(d.values()) for d in descript
 # %% ../nbs/60_selection.ipynb #28cfb1a7
 def layers_neurons(spec) -> tuple: # (number of layers, log2 of the neurons in each)
     "The two numbers that make up an MLP."
-    if spec.stages: raise ValueError(f"{spec.name} has convolutions: only an MLP is two numbers; use SpecClassifier")
+    if spec.stages or not spec.widths: raise ValueError(f"{spec.name} has {'convolutions' if spec.stages else 'no hidden layer'}: only an MLP is two numbers; use SpecClassifier")
     return len(spec.widths), float(np.log2(spec.widths).mean())
+
+def _points(specs):
+    "Layers and neurons of each MLP, by its name; ValueError if two are the same in both."
+    at = {s.name: layers_neurons(s) for s in specs}
+    for (a, x), (b, y) in combinations(at.items(), 2):
+        if x == y: raise ValueError(f"{a} and {b} have as many layers with as many neurons on average, so a regression can't tell them apart; use SpecClassifier")
+    return at
 
 class SpecRegressor:
     "Chooses one of the candidates by a regression of layers and neurons (MLPs in Algorithm 2)."
@@ -250,7 +259,7 @@ class SpecRegressor:
 @patch
 def fit(self:SpecRegressor, trials, candidates):
     "Learn layers and neurons of the best candidate of every trial from its description."
-    self.at = {s.name: layers_neurons(s) for s in candidates}
+    self.at = _points(candidates)
     self.model.fit(_features(t.description for t in trials), [self.at[t.best] for t in trials])
     return self
 
@@ -264,23 +273,27 @@ def predict(self:SpecRegressor, descriptions) -> list: # names of candidates
 def chooser_for(
     candidates, # list of `NetworkSpec`
 ):              # an untrained `SpecRegressor` or `SpecClassifier`
-    "A regression for MLPs alone, else a classification (step 5 of Algorithm 2)."
-    return SpecClassifier() if any(s.stages for s in candidates) else SpecRegressor()
+    "A regression for MLPs alone that differ in layers or neurons, else a classification (step 5 of Algorithm 2)."
+    try: _points(candidates)
+    except ValueError: return SpecClassifier()
+    return SpecRegressor()
 
 # %% ../nbs/60_selection.ipynb #b364b381
 class NetworkSelector:
     "Chooses the network of each expert (Algorithm 2)."
     def __init__(self,
-        candidates=CNN_CANDIDATES, # names or specs to choose from
+        candidates=CNN_CANDIDATES, # names or specs to choose from, or a name in `CANDIDATES`
         recipe='paper',            # how candidates are trained
         seed:int=0,                # of the hierarchical classifier that will be built
         chooser=None,              # `SpecClassifier`, `SpecRegressor` or the like; by default what fits the candidates
     ):
-        self.candidates = {s.name: s for s in _merge_specs([], candidates)}
+        if isinstance(candidates, str) and candidates not in CANDIDATES: raise ValueError(f"candidates are a list of networks, or one of {', '.join(CANDIDATES)}; {candidates!r} alone leaves nothing to choose")
+        self.candidates = {s.name: s for s in _merge_specs([], CANDIDATES[candidates] if isinstance(candidates, str) else candidates)}
         if not self.candidates: raise ValueError("a selector needs candidates to choose from")
         self.recipe, self.seed, self.trials = _recipe(recipe), seed, []
         self.chooser = chooser_for(self.candidates.values()) if chooser is None else chooser
-        if isinstance(self.chooser, SpecRegressor): list(map(layers_neurons, self.candidates.values())) # refuses CNNs before they are trained
+        if isinstance(self.chooser, BaseEstimator): raise ValueError(f"a chooser learns from trials: wrap the {type(self.chooser).__name__}, SpecClassifier(model) or SpecRegressor(model)")
+        if isinstance(self.chooser, SpecRegressor): _points(self.candidates.values()) # refuses what it can't tell apart before that is trained
     def __repr__(self):
         return f"NetworkSelector: {len(self.trials)} clusters tried, candidates {', '.join(self.candidates)}"
 
@@ -347,7 +360,7 @@ def specs_for(
 
 @patch
 def best_specs(self:NetworkSelector,
-    dls,              # DataLoaders over the images of the trials
+    dls,              # DataLoaders over the images of the trials (ones that don't come from an `ImageSet` are taken for those)
     h:ClassHierarchy, # clusters
 ) -> list:            # a `NetworkSpec` for each cluster; KeyError for a cluster that wasn't tried with these images, recipe and seed
     "The best candidate on the held-out slice for each cluster of `h`."
@@ -400,13 +413,13 @@ def best_of(
 
 def choices(
     trials,       # with scores of all candidates
-    candidates,   # names or specs
+    candidates,   # names or specs, or a selector's `candidates`
     chooser=None, # by default what fits the candidates
     seed:int=0,   # of the random choice
 ) -> pd.DataFrame: # names of candidates: a row for each trial, a column for each way to choose
     "What every way to choose takes for each cluster."
     if not trials: raise ValueError("there are no trials to choose for")
-    specs, rng = [network_spec(s) for s in candidates], np.random.default_rng(seed)
+    specs, rng = [network_spec(s) for s in (candidates.values() if isinstance(candidates, dict) else candidates)], np.random.default_rng(seed)
     names, trials = [s.name for s in specs], [_only(t, [s.name for s in specs]) for t in trials]
     return pd.DataFrame({'oracle': best_of(trials, specs), 'learned': leave_one_out(trials, specs, chooser or chooser_for(specs)),
                          'most frequent': [_most_frequent(apart(trials, i), names) for i in range(len(trials))],
@@ -545,7 +558,7 @@ def in_ray(
 
 # %% ../nbs/60_selection.ipynb #020bbb08
 def _box(ax, x, y, text, colour='#666666', **kwargs):
-    ax.text(x, y, text, ha='center', va='center', fontsize=9, bbox=dict(boxstyle='round,pad=.4', facecolor='white', edgecolor=colour, lw=1.5), **kwargs)
+    ax.text(x, y, text, ha='center', va='center', fontsize=9, parse_math=False, bbox=dict(boxstyle='round,pad=.4', facecolor='white', edgecolor=colour, lw=1.5), **kwargs)
 
 def _line(ax, *points, colour):
     "A line between the middles of two boxes, which hide its ends, by way of further points."

@@ -459,12 +459,12 @@ def transfer_hierarchy(
     h:ClassHierarchy, # over the classes of `inputs`, without further levels below its clusters
     routers,          # a `Candidate`, or a list, for the hierarchy classifier
     experts,          # a `Candidate`, or a list, for each cluster
-    how:Recipe,       # how to train them
+    how,              # how to train them: a name in `RECIPES` or a `Recipe`
     seed:int=0,
     cache=None,       # folder of networks trained before
 ) -> tuple:           # the `HierarchicalClassifier`, and the choices for hierarchy classifier and experts
     "A hierarchical classifier whose networks are chosen among candidates (section 3.5)."
-    routing, first, views, seeds = parts_of(inputs, h, seed)
+    how, (routing, first, views, seeds) = recipe(how), parts_of(inputs, h, seed)
     for some in (routers, experts): _check_names(list(map(str, listify(some)))) # before hours of training
     router = choose_networks(inputs, routing, listify(routers), how, first, cache)
     expert = choose_networks(inputs, views, listify(experts), how, seeds, cache)

@@ -27,7 +27,7 @@ from .clustering import ClassHierarchy, check_one_level, cluster_classes
 from .families import Job, code_version, feature_dataloaders, network_key, plain_number, read_weights, save_weights, timed, train
 from .hierarchical import HierarchicalClassifier
 from .inference import predict_in_batches
-from .learners import Normalization, Recipe, check_classes, class_counts, device_of, held_out_confusion, input_shape, probabilities
+from .learners import Normalization, Recipe, check_classes, check_network, class_counts, device_of, held_out_confusion, input_shape, probabilities
 from .networks import Conv, NetworkSpec, Stage, _max_pool, evaluating, n_parameters, network, network_spec, seeded
 
 # %% ../nbs/55_trunk.ipynb #0f3761fb
@@ -409,6 +409,7 @@ class TrunkClassifier(HierarchicalClassifier):
     ):
         check_one_level(hierarchy, f'{type(self).__name__} takes')
         self.spec = normed_trunk() if spec is None else spec
+        if not isinstance(self.spec, TrunkSpec): raise ValueError(f"{self.spec!r} is no TrunkSpec: make one with trunk_spec(...) or normed_trunk(...)")
         super().__init__(hierarchy, self.spec.router, self.spec.expert, recipe, seed)
         self.net = None
     def __repr__(self):
@@ -423,11 +424,13 @@ def fit(self:TrunkClassifier,
     on_epoch=None,      # called with the epoch's number, from 0, and its last loss
     start=None,         # network whose `body` the trunk starts from
     frozen:bool=False,  # leave the trunk of `start` as it is, and train the heads alone?
-    teachers=(),        # trained networks to learn from too
+    teachers=(),        # trained network, or networks, to learn from too
     balanced:bool=False,# learn as if all classes were equally frequent?
 ) -> TrunkClassifier:
     "Train trunk and heads by the negative log-likelihood of eq. (2)."
     check_classes(dls, self.hierarchy)
+    teachers = [teachers] if isinstance(teachers, nn.Module) else list(teachers)
+    for t in teachers: check_network(t)
     if frozen and start is None: raise ValueError("a frozen trunk learns nothing, so it must have learned before: give start, a trained network")
     if frozen and (len(teachers) or balanced): raise ValueError("on a frozen trunk the heads learn from the labels alone: leave teachers and balanced out")
     shape = input_shape(dls)
@@ -473,9 +476,14 @@ def _code_of(cls):
     return [of(c) for c in cls.__mro__ if issubclass(c, TrunkClassifier)]
 
 # %% ../nbs/55_trunk.ipynb #f374903a
+def _sums(net):
+    "A number for each tensor of `net`, by which it shows whether it was trained since."
+    return torch.stack([t.detach().sum(dtype=torch.float64) for t in (*net.parameters(), *net.buffers())]).tolist()
+
 @patch
 def _use(self:TrunkClassifier, net, shape, normalize, device):
     "Take `net` as the trained network, with its heads apart."
+    self._sums = _sums(net)
     self.net, self.shape, self.normalize, self.device = net.eval(), tuple(shape), normalize, torch.device(device)
     self._body, self.router = without_batch_norm(net.body), net.heads.router
     self.experts = [net.heads.experts.separate(q) if len(members) > 1 else None for q, members in enumerate(self.hierarchy.clusters)]
@@ -485,14 +493,16 @@ def _use(self:TrunkClassifier, net, shape, normalize, device):
 @torch.no_grad()
 def _opinions(self:TrunkClassifier, n, take, bs=1024):
     "Cluster probabilities (n, clusters) of all rows, and the function that asks an expert about some."
-    heads, f = self.net.heads, predict_in_batches(self._body, take, torch.arange(n), self.shape, self.device)
-    scores = torch.cat([self.router(part)[0] for part in f.split(bs)])
+    with evaluating(self.net):
+        if _sums(self.net) != self._sums: self._use(self.net, self.shape, self.normalize, self.device) # it was trained on
+        heads, f = self.net.heads, predict_in_batches(self._body, take, torch.arange(n), self.shape, self.device)
+        scores = torch.cat([self.router(part)[0] for part in f.split(bs)])
+        p = heads.clusters(scores).exp().cpu()
     @torch.no_grad()
     def ask(i, rows):
         if self.experts[i] is None: return torch.ones(len(rows), 1)
-        parts = rows.to(f.device).split(bs)
-        return torch.cat([(self.experts[i](f[part]) + heads.start(i, scores[part])).softmax(1) for part in parts]).cpu()
-    return heads.clusters(scores).exp().cpu(), ask
+        with evaluating(heads): return torch.cat([(self.experts[i](f[part]) + heads.start(i, scores[part])).softmax(1) for part in rows.to(f.device).split(bs)]).cpu()
+    return p, ask
 
 # %% ../nbs/55_trunk.ipynb #489d8cb3
 @patch
@@ -542,6 +552,7 @@ def cost(self:TrunkClassifier,
 ) -> dict:
     "Multiply-adds for one image and parameters stored."
     self._check_trained()
+    if not 1 <= k <= self.hierarchy.n_clusters: raise ValueError(f"k={k}: there are {self.hierarchy.n_clusters} clusters to follow")
     x = torch.zeros(1, *self.shape, device=self.device)
     f = self.net.body(x)
     each = sorted((multiplications(e, f) for e in self.experts if e is not None), reverse=True)

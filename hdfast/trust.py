@@ -20,6 +20,7 @@ from scipy.cluster.hierarchy import cophenet
 from scipy.optimize import minimize_scalar
 from scipy.spatial.distance import squareform
 from .clustering import ClassHierarchy, palette
+from .confusion import _check_probs
 from .hierarchical import HierarchicalClassifier, _kind, calibration_error, combine
 from .learners import check_classes
 
@@ -30,7 +31,9 @@ def temper(
 ):                     # (N, K) probabilities of the same kind, rows sum to 1
     "Probabilities at another temperature."
     if not 0 < temperature < np.inf: raise ValueError(f"a temperature must be positive, not {temperature!r}")
-    p = (torch.as_tensor(probs).log()/temperature).softmax(1)
+    p = torch.as_tensor(probs)
+    if (p < 0).any(): raise ValueError("probabilities can't be negative: these look like logits; pass softmax(logits)")
+    p = (p.log()/temperature).softmax(1)
     return p if isinstance(probs, torch.Tensor) else p.numpy()
 
 # %% ../nbs/57_trust.ipynb #57a0000d
@@ -58,6 +61,7 @@ def fit_temperature(
     "The temperature at which the true classes are most likely."
     p, y = np.asarray(probs, dtype=np.float64), np.asarray(y)
     if len(p) != len(y) or not len(y): raise ValueError(f"{len(p)} rows of probabilities for {len(y)} classes: give a class for each image, at least one")
+    _check_probs(p, *p.shape)
     return _lowest(lambda t: negative_log_likelihood(temper(p, t), y))
 
 # %% ../nbs/57_trust.ipynb #57a00014
@@ -67,12 +71,16 @@ def reliability(
     bins:int=15, # equally wide bins of confidence, as in `calibration_error`
 ) -> pd.DataFrame: # a row for each bin with an image in it; columns confidence, accuracy, share
     "Mean confidence and accuracy in bins of confidence, and the share of images in each."
+    probs, y = np.asarray(probs), np.asarray(y)
     confidence, right = probs.max(1), probs.argmax(1) == y
     b = np.minimum((confidence*bins).astype(int), bins - 1)
     table = pd.DataFrame({'bin': b, 'confidence': confidence, 'accuracy': right}).groupby('bin').mean()
     return table.assign(share=np.unique(b, return_counts=True)[1]/len(y))
 
 # %% ../nbs/57_trust.ipynb #57a00016
+def _legend(ax):
+    for text in ax.legend(fontsize=8, frameon=False).texts: text.set_parse_math(False) # names may hold dollars
+
 def plot_reliability(
     tables,  # name -> what `reliability` gave
     ax=None, # matplotlib axes
@@ -86,7 +94,7 @@ def plot_reliability(
         ax.scatter(t.confidence, t.accuracy, 4 + 200*t.share, color=colour, alpha=.7, lw=0)
     ax.set(xlabel='confidence', ylabel='accuracy', xlim=(0, 1.02), ylim=(0, 1.02))
     ax.spines[['top', 'right']].set_visible(False)
-    ax.legend(fontsize=8, frameon=False)
+    _legend(ax)
     return ax
 
 # %% ../nbs/57_trust.ipynb #57a00019
@@ -218,6 +226,7 @@ def calibrate(
     least:int=50,                 # images that an expert needs for one of its own
 ) -> CalibratedClassifier:
     "The same classifier with temperatures fitted to held-out images; nothing is trained again."
+    if isinstance(model, CalibratedClassifier): model = model.model # whose temperatures are fitted anew
     return CalibratedClassifier(model, fit_temperatures(opinions(model, dl), experts, least))
 
 # %% ../nbs/57_trust.ipynb #57a0003d
@@ -243,7 +252,7 @@ def cluster_sums(
     h:ClassHierarchy,
 ) -> np.ndarray:      # (N, n): probability that the cluster holds the class
     "Class probabilities added up by cluster."
-    return probs @ h.holds.T.astype(probs.dtype)
+    return (probs := np.asarray(probs)) @ h.holds.T.astype(probs.dtype)
 
 def stop_at_cluster(
     P,                # (N, K) confidence of each class: `Opinions.joint`, or a flat net's probabilities
@@ -274,7 +283,7 @@ def stop_curve(
     thresholds=None,  # of the confidence
 ) -> pd.DataFrame:    # a row for each threshold, from no class to all classes
     "Coverage, accuracy and information of answers that stop at the cluster."
-    P, p = np.asarray(P), np.asarray(p)
+    P, p, y = np.asarray(P), np.asarray(p), np.asarray(y)
     confidence, cluster = P.max(1), p.argmax(1)
     right, held = P.argmax(1) == y, h.holds[cluster, y]
     worth = 1 - np.log([len(q) for q in h.clusters])[cluster]/np.log(max(2, h.n_classes))
@@ -295,7 +304,7 @@ def coverage_area(
     y,     # (N,) true classes
 ) -> float: # in [0, 1]
     "Accuracy among the surest images, averaged over all coverages."
-    right = _by_confidence(np.asarray(probs), y)[1]
+    right = _by_confidence(np.asarray(probs), np.asarray(y))[1]
     return float((right/np.arange(1, len(y) + 1)).mean())
 
 # %% ../nbs/57_trust.ipynb #57a0004c
@@ -307,7 +316,7 @@ def threshold_for(
     "The lowest threshold of confidence with the wished accuracy."
     if not 0 < accuracy <= 1: raise ValueError(f"the wished accuracy must lie above 0 and be 1 at most, not {accuracy!r}")
     if not len(y): raise ValueError("there are no images to find a threshold on")
-    confidence, right = _by_confidence(np.asarray(probs), y)
+    confidence, right = _by_confidence(np.asarray(probs), np.asarray(y))
     last = np.append(np.diff(confidence) != 0, True) # where the next image is less sure
     reached = (right/np.arange(1, len(y) + 1))[last]
     good = np.flatnonzero(reached >= accuracy - 1e-9)
@@ -324,7 +333,7 @@ def plot_stop_curve(
     for (name, c), colour in zip(curves.items(), cycle(palette)): ax.plot(100*c.coverage, 100*c['class accuracy'], color=colour, label=name)
     ax.set(xlabel='images that are given a class, %', ylabel='right among these, %', xlim=(0, 100))
     ax.spines[['top', 'right']].set_visible(False)
-    ax.legend(fontsize=8, frameon=False)
+    _legend(ax)
     return ax
 
 # %% ../nbs/57_trust.ipynb #57a00056

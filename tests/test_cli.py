@@ -365,6 +365,7 @@ BAD = {
     'out among the images': (['decompose', '{folder}', '--out', '{folder}/out'], 'choose a folder elsewhere'),
     'out has another model': (['decompose', '{folder}', '--out', '{taken}'], 'other than a saved classifier'),
     'trunk and router': (['decompose', '{folder}', '--out', '{new}', '--trunk', 'CNN_2', '--router', 'CNN_2'], 'leave --router and --expert out'),
+    'unknown trunk': (['decompose', '{folder}', '--out', '{new}', '--trunk', 'wid'], "made for sharing are wide and slim"),
     'trunk': (['decompose', '{folder}', '--out', '{new}', '--trunk', 'MLP_10'], 'at least one must stay in the trunk'),
     'network': (['decompose', '{folder}', '--out', '{new}', '--router', 'CNN_9'], "no network is called 'CNN_9'"),
     'recipe': (['decompose', '{folder}', '--out', '{new}', '--recipe', 'slow'], "no recipe 'slow'; there are paper, one_cycle"),

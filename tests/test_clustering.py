@@ -517,3 +517,11 @@ def test_a_confusion_of_other_classes_is_refused(K):
 @pytest.mark.parametrize('c', [-1, 3, 10**7])
 def test_clusters_of_classes_that_there_are_not_are_refused(c):
     with pytest.raises(ValueError, match=f'the clusters hold class {c}, and C has the classes 0 to 2'): overlap_clusters(np.eye(3), [(0, 1), (2, c)], 3)
+
+
+def test_overlap_refuses_what_is_no_confusion():
+    counts = np.array([[50, 1, 0], [1, 40, 0], [0, 0, 30]])
+    clusters = [(0,), (1,), (2,)]
+    with pytest.raises(ValueError, match='raw counts'): overlap_clusters(counts, clusters, 3)
+    with pytest.raises(ValueError, match='NaN'): overlap_clusters(np.full((3, 3), np.nan), clusters, 3)
+    assert overlap_clusters(counts/counts.sum(1, keepdims=True), clusters, 3) == tuple(clusters)

@@ -751,3 +751,8 @@ def test_two_writers_of_one_process_do_not_share_a_path(tmp_path):
         assert a != b
         for path, text in ((a, '1'), (b, '2')): path.write_text(text)
     assert (tmp_path/'f').read_text() == '1' and [f.name for f in tmp_path.iterdir()] == ['f'] # the last to end
+
+
+def test_a_size_is_one_number(tmp_path):
+    for ask in (decode, read_images):
+        with pytest.raises(ValueError, match=r'one whole number.*not \(16, 24\)'): ask([tmp_path/'x.png'], (16, 24))

@@ -1,6 +1,7 @@
 "Combining, predicting, evaluating, saving and loading: by hand, by brute force, and against hiclass."
 import json
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -799,3 +800,20 @@ def test_a_seed_of_numpy_is_saved_as_a_number(taxonomy, dls, tmp_path):
     m = HierarchicalClassifier(taxonomy, 'MLP_4', 'MLP_4', recipe('paper', epochs=1)).fit(dls, progress=False)
     m.seed = np.int64(3)
     assert HierarchicalClassifier.load(m.save(tmp_path/'m')).seed == 3
+
+
+def test_floats_that_look_like_pixels_are_warned_of(classifier, test_images):
+    with pytest.warns(UserWarning, match='look like pixels'): classifier.predict(test_images/255)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        classifier.predict(classifier.normalize(test_images))
+
+
+def test_scores_take_tensors(classifier, dls):
+    p, y = classifier.predict_proba(dls[2]), dls[2].dataset.targets
+    assert calibration_error(torch.tensor(p), y) == calibration_error(p, y.numpy())
+    assert class_scores(torch.tensor(p), y) == class_scores(p, y.numpy())
+
+
+def test_an_untrained_classifier_has_no_networks(taxonomy):
+    with pytest.raises(ValueError, match="isn't trained yet"): HierarchicalClassifier(taxonomy, 'MLP_4', 'MLP_4').networks

@@ -145,3 +145,47 @@ def test_thresholds_are_set_together_or_not_at_all(monkeypatch, limit, asked, ke
             return int(option == -1 or value < limit)
     monkeypatch.setattr(ctypes, 'CDLL', lambda name: Libc())
     assert keep_memory(2**32) is kept and calls == asked
+
+
+class Keeps(nn.Module):
+    "Passes on what it is given, and keeps it for another layer."
+    def forward(self, x):
+        self.kept = x
+        return x
+
+
+class Adds(nn.Module):
+    def __init__(self, keeper):
+        super().__init__()
+        object.__setattr__(self, 'keeper', keeper) # no part of this layer
+    def forward(self, x): return x + self.keeper.kept
+
+
+class Bias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(1, 8, 1, 1))
+    def forward(self, x): return self.bias
+
+
+@pytest.mark.parametrize('layers', [lambda k: [nn.Conv2d(3, 8, 3, padding=1), k, nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), Adds(k)],
+                                    lambda k: [nn.Conv2d(3, 8, 3, padding=1), k, nn.Dropout(), nn.ReLU(), Adds(k)],
+                                    lambda k: [nn.Conv2d(3, 8, 3), Bias(), nn.ReLU()], lambda k: [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2)]],
+                         ids=['kept', 'kept through dropout', 'a parameter', 'known'])
+def test_a_relu_overwrites_only_what_nobody_else_holds(layers):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(*layers(Keeps())).eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        before, want = {k: v.clone() for k, v in net.state_dict().items()}, net(x)
+        assert torch.equal(forward(net, x), want)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_a_forward_of_its_own_and_a_pool_that_gives_indices_are_left_to_the_network():
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), torch.randn(2, 3, 8, 8)
+    net.forward = lambda x: x + 1
+    assert torch.equal(forward(net, x), x + 1)
+    class Values(nn.Module):
+        def forward(self, pooled): return pooled[0]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2, return_indices=True), Values()).eval()
+    with torch.no_grad(): assert torch.equal(forward(net, x), net(x))

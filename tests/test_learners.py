@@ -16,6 +16,7 @@ from fastai.vision.all import (DataLoaders, CategoryBlock, ClassificationInterpr
 from hypothesis import given, strategies as st
 from matplotlib import pyplot as plt
 from safetensors.torch import save_file
+from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 import hdfast.families as families
@@ -23,9 +24,9 @@ import hdfast.learners as learners
 from hdfast.clustering import cluster_classes, hierarchy_from_groups
 from hdfast.datasets import HELD_OUT, TRAIN, ImageSet, synthetic
 from hdfast.families import Job, feature_dataloaders, fit_network, network_key, save_weights
-from hdfast.hierarchical import HierarchicalClassifier
+from hdfast.hierarchical import HierarchicalClassifier, decompose
 from hdfast.trunk import TrunkClassifier
-from hdfast.learners import (RECIPES, ImageDL, training_loader, ImageView, Normalization, ViewDataLoaders, batch_sizes, build_network, class_counts, class_view, cluster_view, cnn_learner, computed_in, cnn_tl_learner, crop_flip, held_out_confusion, is_shuffled,
+from hdfast.learners import (RECIPES, accuracy_on, ImageDL, training_loader, ImageView, Normalization, ViewDataLoaders, batch_sizes, build_network, class_counts, class_view, cluster_view, cnn_learner, computed_in, cnn_tl_learner, crop_flip, held_out_confusion, is_shuffled,
                              mlp_learner, network_learner, probabilities, recipe)
 
 one_epoch = recipe('one_cycle', epochs=1)
@@ -760,3 +761,52 @@ def test_loaders_with_weights_are_refused(from_folder):
     odd = type(from_folder)(train, from_folder.valid, path=from_folder.path, device='cpu')
     for use in (lambda: class_view(odd, [0, 1]), lambda: learners.training_loader(odd, 8, 0)):
         with pytest.raises(ValueError, match='would lose its weights'): use()
+
+
+# ---- what is refused when a network is asked
+
+class Says(nn.Module):
+    "A network that gives what it was told."
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+    def forward(self, x): return self.what(x)
+
+
+@pytest.mark.parametrize('what, message', [(lambda x: x.new_zeros(len(x), 20), r'outputs of shape \(.*, 20\); a number for each of 9 classes'), (lambda x: (x.new_zeros(len(x), 9),), 'gives a tuple'),
+                                           (lambda x: x.new_full((len(x), 9), float('nan')), 'no answer for'), (lambda x: x.new_zeros(len(x)), 'outputs of shape')])
+def test_what_is_no_answer_is_refused(dls, classifier_of, what, message):
+    for ask in (probabilities, accuracy_on): 
+        with pytest.raises(ValueError, match=message): ask(Says(what), dls[2])
+    with pytest.raises(ValueError, match=message): classifier_of(dls).evaluate(dls[2], Says(what))
+
+
+@pytest.fixture
+def classifier_of(taxonomy): return lambda dls: HierarchicalClassifier(taxonomy, 'MLP_4', 'MLP_4', one_epoch).fit(dls, progress=False)
+
+
+def test_what_is_no_network_is_refused_and_its_network_named(dls, taxonomy, classifier_of):
+    trunk = TrunkClassifier(taxonomy, recipe=one_epoch)
+    trunk.net = trunk.fit(dls).net
+    for given, part in ((trunk, 'net'), (mlp_learner(dls, 4), 'model')):
+        for ask in (lambda g: probabilities(g, dls[2]), lambda g: held_out_confusion(g, dls), lambda g: decompose(dls, 3, flat=g, router='MLP_4', expert='MLP_4')):
+            with pytest.raises(ValueError, match=f"a {type(given).__name__} isn't a network of PyTorch: pass its `{part}`"): ask(given)
+    with pytest.raises(ValueError, match='a Learner'): classifier_of(dls).evaluate(dls[2], mlp_learner(dls, 4))
+
+
+def test_a_loader_that_leaves_out_its_last_samples_is_refused(from_folder, classifier_of):
+    part, model = from_folder.train.new(shuffle=False, bs=10), classifier_of(from_folder)
+    assert part.drop_last and len(part.dataset) % 10
+    whole = part.new(drop_last=False)
+    for ask in (lambda dl: probabilities(mlp_learner(from_folder, 4).model, dl)[1], model.predict):
+        with pytest.raises(ValueError, match='leaves out the last'): ask(part)
+        assert len(ask(whole)) == len(part.dataset)
+    torchs = DataLoader(TensorDataset(torch.zeros(9, 3, 16, 16)), batch_size=2, drop_last=True)
+    with pytest.raises(ValueError, match='leaves out the last 1 of 9 samples'): model.predict(torchs)
+
+
+def test_an_empty_loader_is_refused(dls):
+    with pytest.raises(ValueError, match='no samples'): probabilities(mlp_learner(dls, 4).model, dls.valid.new(dls.valid.dataset.new_empty()))
+
+
+def test_a_learning_rate_of_numpy_is_a_number(dls): assert recipe('paper', lr=np.float32(.5)) == recipe('paper', lr=.5)

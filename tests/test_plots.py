@@ -88,3 +88,8 @@ def test_a_sparse_confusion_is_drawn_as_the_dense_one():
     h = cluster_classes(C, 2)
     pictures = [plot_confusion(c, h).images[0].get_array() for c in (C, csr_array(C))]
     assert np.array_equal(*pictures)
+
+
+def test_a_confusion_that_is_none_or_of_other_classes_is_refused(taxonomy):
+    with pytest.raises(ValueError, match='raw counts'): plot_confusion(np.arange(81).reshape(9, 9), taxonomy)
+    with pytest.raises(ValueError, match='a confusion of 12 classes and a hierarchy of 9'): plot_confusion(np.eye(12), taxonomy)

@@ -667,3 +667,17 @@ def test_ray_gives_the_same_trials_though_a_worker_is_killed(images, taxonomy, t
 def test_a_wrong_confusion_is_refused_before_anything_is_trained(dls, taxonomy):
     for C, message in ((50*np.eye(9), 'divide each row by its sum'), (np.eye(4), 'a confusion of 4 classes and a hierarchy of 9')):
         with pytest.raises(ValueError, match=message): try_candidates(dls, taxonomy, C, ['MLP_6', 'MLP_8'], recipe('one_cycle', epochs=1), train=None)
+
+
+def test_candidates_that_a_regression_cannot_tell_apart_get_a_classifier():
+    alike = ['MLP_16_64', 'MLP_32_32']
+    assert isinstance(NetworkSelector(alike).chooser, SpecClassifier) and isinstance(NetworkSelector([NetworkSpec('linear'), 'MLP_8']).chooser, SpecClassifier)
+    assert isinstance(NetworkSelector('mlp').chooser, SpecRegressor)
+    with pytest.raises(ValueError, match="MLP_16_64 and MLP_32_32 have as many layers"): NetworkSelector(alike, chooser=SpecRegressor())
+    with pytest.raises(ValueError, match='no hidden layer'): NetworkSelector([NetworkSpec('linear'), 'MLP_8'], chooser=SpecRegressor())
+
+
+def test_what_cannot_choose_is_refused_before_anything_is_trained():
+    from sklearn.ensemble import RandomForestClassifier
+    with pytest.raises(ValueError, match='wrap the RandomForestClassifier'): NetworkSelector(['MLP_8', 'MLP_16'], chooser=RandomForestClassifier())
+    with pytest.raises(ValueError, match="'CNN_2' alone leaves nothing to choose"): NetworkSelector('CNN_2')

@@ -343,3 +343,37 @@ def test_a_kind_of_ones_own_can_be_loaded_as_what_it_is_or_as_what_it_comes_from
 
 def test_what_has_no_training_image_cannot_be_balanced():
     with pytest.raises(ValueError, match='no training image of class 1, 3'): Balanced(nn.Identity(), [3, 0, 2, 0])
+
+
+def test_a_classifier_answers_alike_while_its_network_is_in_training_mode(dls, taxonomy, images):
+    model = TrunkClassifier(taxonomy, normed_trunk(net_spec, shared=(8,), expert=(6,)), how).fit(dls)
+    want = model.predict_proba(images.images[:20], k=3)
+    model.net.train()
+    assert np.array_equal(model.predict_proba(images.images[:20], k=3), want) and model.net.training and model.net.body.training
+
+
+@pytest.mark.parametrize('change', [lambda net: net.load_state_dict({k: 1.5*v if v.is_floating_point() else v for k, v in net.state_dict().items()}),
+                                    lambda net: [p.data.mul_(1.5) for p in net.body.parameters()]], ids=['loaded', 'trained by fastai'])
+def test_a_network_that_was_trained_on_is_the_one_that_answers(dls, taxonomy, images, tmp_path, change):
+    model = TrunkClassifier(taxonomy, normed_trunk(net_spec, shared=(8,), expert=(6,)), how).fit(dls)
+    before = model.predict_proba(images.images[:20], k=3)
+    change(model.net)
+    after = model.predict_proba(images.images[:20], k=3)
+    model.save(tmp_path/'m')
+    assert not np.allclose(after, before) and np.array_equal(after, TrunkClassifier.load(tmp_path/'m').predict_proba(images.images[:20], k=3))
+
+
+def test_a_teacher_need_not_be_in_a_list_and_must_be_a_network(dls, taxonomy):
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(3*16*16, 9))
+    one, many = (TrunkClassifier(taxonomy, spec, how).fit(dls, teachers=t).net.state_dict() for t in (teacher, iter([teacher])))
+    assert all(torch.equal(one[k], many[k]) for k in one)
+    with pytest.raises(ValueError, match="a str isn't a network"): TrunkClassifier(taxonomy, spec, how).fit(dls, teachers=['CNN_1'])
+
+
+def test_a_name_is_no_trunk(taxonomy):
+    with pytest.raises(ValueError, match="'CNN_2' is no TrunkSpec"): TrunkClassifier(taxonomy, 'CNN_2')
+
+
+def test_the_cost_of_more_clusters_than_there_are_is_refused(model):
+    for k in (0, -1, 4):
+        with pytest.raises(ValueError, match='there are 3 clusters'): model.cost(k)

@@ -11,8 +11,8 @@ from hdfast.learners import recipe
 from hdfast.networks import Conv, NetworkSpec, Stage, mlp_spec
 from hdfast.trunk import TrunkClassifier, trunk_spec
 from hdfast.trust import (CalibratedClassifier, Opinions, Temperatures, calibrate, cluster_sums, coverage_area, fit_temperature, fit_temperatures,
-                          group_distances, meeting_heights, meeting_sizes, mistake_distances, negative_log_likelihood, opinions, reliability,
-                          stop_at_cluster, stop_curve, temper, threshold_for)
+                          group_distances, meeting_heights, meeting_sizes, mistake_distances, negative_log_likelihood, opinions,
+                          plot_reliability, plot_stop_curve, reliability, stop_at_cluster, stop_curve, temper, threshold_for)
 
 how, little = recipe('one_cycle', epochs=2, bs=32), NetworkSpec('little', [Stage([Conv(3, 8)]), Stage([Conv(3, 8)])])
 toy = hierarchy_from_groups([0, 0, 1, 1, 1], 'abcde')
@@ -401,3 +401,29 @@ def test_without_a_mistake_nothing_is_learnt():
 def test_confidences_and_clusters_are_not_mixed_up():
     P = random_probs(0)
     with pytest.raises(ValueError, match='not of 5 classes and 2 clusters'): stop_at_cluster(cluster_sums(P, toy), P, toy, .5)
+
+
+def test_logits_and_nans_are_refused():
+    logits, y = np.random.default_rng(0).normal(size=(54, 9)), np.arange(54) % 9
+    for ask in (lambda: fit_temperature(logits, y), lambda: temper(logits, 2.), lambda: temper(torch.tensor(logits), 2.)):
+        with pytest.raises(ValueError, match='look like logits'): ask()
+    with pytest.raises(ValueError, match='NaN'): fit_temperature(np.full((54, 9), np.nan), y)
+
+
+@pytest.fixture
+def classifier(dls, overlapping): return separate(overlapping).fit(dls)
+
+
+def test_a_calibrated_classifier_is_calibrated_anew(classifier, dls):
+    once = calibrate(classifier, dls.valid)
+    twice = calibrate(once, dls.valid)
+    assert twice.model is classifier and twice.temperatures == once.temperatures
+
+
+def test_tensors_are_taken_and_dollars_in_names_drawn(classifier, dls):
+    P, p, y = classifier.predict_proba(dls[2], k=3), classifier.cluster_proba(dls[2]), dls[2].dataset.targets
+    h = classifier.hierarchy
+    assert stop_curve(torch.tensor(P), torch.tensor(p), y, h).equals(stop_curve(P, p, y.numpy(), h))
+    assert coverage_area(torch.tensor(P), y) == coverage_area(P, y.numpy()) and threshold_for(P, y, .1) == threshold_for(P, y.numpy(), .1)
+    assert np.array_equal(cluster_sums(torch.tensor(P), h), cluster_sums(P, h)) and reliability(torch.tensor(P), y).equals(reliability(P, y.numpy()))
+    for ax in (plot_reliability({r'$\frac$': reliability(P, y)}), plot_stop_curve({r'$\frac$': stop_curve(P, p, y, h)})): ax.figure.canvas.draw()
