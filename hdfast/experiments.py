@@ -52,6 +52,7 @@ def use_device(
 ):
     "Make `name` fastai's default device, with TF32 on a GPU, and with memory that is kept on a CPU."
     device = torch.device(name)
+    torch.empty(0, device=device) # an error here, and not after hours on another one
     default_device(device.type != 'cpu')
     if device.type == 'cpu': keep_memory()
     if device.type != 'cuda': return
@@ -71,8 +72,9 @@ def device_name(
 
 def _arithmetic(device, precision):
     "How numbers are multiplied on a device; on a GPU convolutions use TF32 unless told otherwise, matrix products only if told."
-    everywhere = device.type == 'cuda' and torch.get_float32_matmul_precision() != 'highest'
-    usual = 'float32, products in TF32' if everywhere else 'float32, convolutions in TF32' if device.type == 'cuda' and torch.backends.cudnn.allow_tf32 else 'float32'
+    on_gpu = device.type == 'cuda'
+    everywhere, convolutions = on_gpu and torch.backends.cuda.matmul.fp32_precision == 'tf32', on_gpu and torch.backends.cudnn.conv.fp32_precision == 'tf32'
+    usual = 'float32, products in TF32' if everywhere else 'float32, convolutions in TF32' if convolutions else 'float32'
     return usual if precision == 'float32' else f'{usual}; convolutional networks trained with products in {precision}'
 
 # %% ../nbs/80_experiments.ipynb #cda32f13

@@ -4,23 +4,24 @@
 
 # %% auto #0
 __all__ = ['schedule', 'train', 'can_be_recorded', 'Job', 'timed', 'save_weights', 'read_weights', 'code_hash', 'code_version',
-           'plain_number', 'network_key', 'cached_file', 'fit_networks', 'bar_over', 'fit_network', 'features',
-           'check_features', 'feature_dataloaders']
+           'plain_number', 'product_precision', 'network_key', 'cached_file', 'fit_networks', 'bar_over', 'fit_network',
+           'features', 'check_features', 'feature_dataloaders']
 
 # %% ../nbs/45_families.ipynb #5f0a1c04
 import ast, hashlib, json, time, warnings
 from collections import defaultdict
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache as cached, partial
 from inspect import getsource
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
+from types import CodeType, FunctionType
 import numpy as np
 import torch
 from fastai.callback.schedule import combined_cos
-from fastai.torch_core import no_random, to_device
+from fastai.torch_core import no_random
 from fastcore.basics import chunked
 from fastprogress.fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
@@ -48,7 +49,7 @@ def schedule(
 # %% ../nbs/45_families.ipynb #5f0a1c0b
 def _batches(dl, device):
     "Inputs and targets of an epoch as plain tensors on the device."
-    for b in dl: yield [t.as_subclass(torch.Tensor) for t in to_device(tuple(b), device)]
+    for b in dl: yield [t.as_subclass(torch.Tensor).to(device) for t in b]
 
 def _set_step(opt, lr, mom):
     "Learning rate and momentum of a torch optimiser."
@@ -86,10 +87,15 @@ def train(
     with no_random(seed, reproducible=False): # loaders draw random numbers too, when they are made
         net, dl = net.to(device).train(), training_loader(dls, recipe.bs, seed)
         with computed_in(recipe, net, device), no_random(seed, reproducible=False):
-            if device.type == 'cuda' and can_be_recorded(dls): _train_recorded([net], [dl], recipe, [name], device, on_epoch)
-            else: _train_eagerly(net, dl, device, recipe, name, on_epoch)
+            if device.type == 'cuda' and can_be_recorded(dls) and _is_known(net): failed = _train_recorded([net], [dl], recipe, [name], device, on_epoch)[0]
+            else: failed = _train_eagerly(net, dl, device, recipe, name, on_epoch)
+        if failed: raise failed
         check_predictions(net.eval(), dls, name)
     return net
+
+def _is_known(net):
+    "Whether all layers are PyTorch's or ours, which do the same in every step; others may decide in Python."
+    return all(type(m).__module__.partition('.')[0] in ('torch', 'hdfast') and getattr(m, 'momentum', 0) is not None for m in net.modules())
 
 def can_be_recorded(dls) -> bool:
     "Whether batches are made without Python: images in memory where the network is, no augmentation."
@@ -190,6 +196,11 @@ def plain_number(
     if hasattr(n, 'item') and not getattr(n, 'ndim', 1): return n.item()
     raise TypeError(f"{n!r} can't be written as JSON: it is a {type(n).__name__}")
 
+def product_precision() -> str: # 'highest' unless it was set
+    "How exactly PyTorch multiplies float32 matrices, by whichever of its names that was set."
+    try: return torch.get_float32_matmul_precision()
+    except RuntimeError: return f'{torch.backends.cuda.matmul.fp32_precision}, {torch.backends.mkldnn.matmul.fp32_precision}'
+
 def network_key(job:Job, recipe:Recipe) -> str:
     "A name for the network that this training gives: a hash of all that determines its weights."
     data, dls = job.dls.train.dataset, job.dls
@@ -201,12 +212,29 @@ def network_key(job:Job, recipe:Recipe) -> str:
     check_plain(dls.train)
     settings = dict(spec=network_spec(job.spec).to_dict(), recipe=asdict(recipe), seed=job.seed, classes=list(map(str, data.vocab)),
                     images=data.source, augment=_function_text(dls.train.augment), shuffle=dls.train.shuffle,
-                    device=device_of(dls).type, torch=torch.__version__, products=torch.get_float32_matmul_precision(),
+                    device=device_of(dls).type, torch=torch.__version__, products=product_precision(),
                     normalize=dls.train.normalize and asdict(dls.train.normalize), code=code_version('networks', 'learners', 'families'))
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=plain_number).encode())
     for t in (data.index, data.targets): key.update(t.cpu().numpy().tobytes())
     for k, v in sorted((job.weights or {}).items()): key.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
     return key.hexdigest()[:20]
+
+_libraries = {'hdfast', 'torch', 'torchvision', 'numpy', 'fastai', 'fastcore'} # whose functions are what their version says
+
+def _names(code):
+    "The names in a piece of code, and in those within it."
+    return {*code.co_names, *(n for c in code.co_consts if isinstance(c, CodeType) for n in _names(c))}
+
+def _meant_by(f, seen):
+    "What the text of a function means by names of its module: values, and the text of other functions."
+    meant = {}
+    for k, v in sorted((k, v) for k, v in f.__globals__.items() if k in _names(f.__code__)):
+        if isinstance(v, FunctionType) and v.__module__.partition('.')[0] not in _libraries and v not in seen:
+            meant[k] = getsource(v), v.__defaults__, v.__kwdefaults__, _meant_by(v, seen | {v})
+        elif hasattr(v, 'tolist'): meant[k] = v.tolist()
+        elif isinstance(v, (set, frozenset)): meant[k] = sorted(map(repr, v))
+        elif v is None or isinstance(v, (int, float, str, tuple, list, dict)): meant[k] = v
+    return meant
 
 def _function_text(f):
     "'None', or where a function is defined and how; ValueError for one that has no name of its own, or whose text isn't to be had."
@@ -214,8 +242,7 @@ def _function_text(f):
     name = f"{getattr(f, '__module__', '')}.{getattr(f, '__qualname__', '<')}"
     if '<' in name or any(getattr(f, part, None) is not None for part in ('__self__', '__wrapped__', '__closure__')):
         raise ValueError(f"networks trained with {f} can't be cached: give the augmentation a name, as a function of a module")
-    settings = {k: v for k, v in getattr(f, '__globals__', {}).items() if k in f.__code__.co_names and isinstance(v, (int, float, str, tuple))} # that its text names
-    try: return f'{name}: {getsource(f)}{settings}{f.__defaults__}{f.__kwdefaults__}'
+    try: return f'{name}: {getsource(f)}{_meant_by(f, {f})}{f.__defaults__}{f.__kwdefaults__}'
     except (OSError, TypeError) as e: raise ValueError(f"networks trained with {f} can't be cached: {e}") from e
 
 # %% ../nbs/45_families.ipynb #5f0a1c18
@@ -368,7 +395,7 @@ def _train_fused(jobs, recipe):
     jobs, loaders = [jobs[e] for e in longest_first], [loaders[e] for e in longest_first]
     nets, device = [job.build() for job in jobs], device_of(jobs[0].dls)
     params, inputs = _stack(nets), _FamilyInputs(loaders, device)
-    rule, plan = _rules[recipe.optimizer](params, recipe.wd), _family_plan(recipe, loaders, device)
+    rule, plan, failed = _rules[recipe.optimizer](params, recipe.wd), _family_plan(recipe, loaders, device), [None]*len(jobs)
     for epoch in range(recipe.epochs):
         rows, sizes = (t.to(device) for t in _epoch_order(loaders, recipe.bs))
         index, targets, weight = inputs.epoch(rows, sizes)
@@ -379,15 +406,18 @@ def _train_fused(jobs, recipe):
                 h, scores = _fused_scores(now, inputs.batch(index[s, :m]))
                 losses[s, :m], delta = _fused_loss(scores, targets[s, :m], weight[s, :m], inputs.absent[:m])
                 _fused_step(rule, now, state, h, delta, *plan[epoch, s, :, :m])
-        _check_losses(losses, jobs, epoch)
+        for s, e in (~losses.isfinite()).nonzero().tolist(): failed[e] = failed[e] or diverged(jobs[e].name, losses[s, e], epoch, s)
+        if all(failed): break
     _unstack(params, nets)
-    for job, net in zip(jobs, nets): check_predictions(net.eval(), job.dls, job.name)
-    return [net for _, net in sorted(zip(longest_first, nets), key=lambda pair: pair[0])]
+    trained = [_checked(job, net, error) for job, net, error in zip(jobs, nets, failed)]
+    return [net for _, net in sorted(zip(longest_first, trained), key=lambda pair: pair[0])]
 
-def _check_losses(losses, jobs, epoch):
-    "Raise a FloatingPointError that names the first network with a loss, of (batches, networks), that isn't finite."
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad): raise diverged(jobs[bad[0, 1]].name, losses[tuple(bad[0])], epoch, int(bad[0, 0]))
+def _checked(job, net, error):
+    "A trained network in eval mode; the FloatingPointError in its place if it diverged, so that those beside it aren't lost."
+    if error: return error
+    try: check_predictions(net.eval(), job.dls, job.name)
+    except FloatingPointError as e: return e
+    return net
 
 # %% ../nbs/45_families.ipynb #5f0a1d1a
 class _Steps:
@@ -424,17 +454,25 @@ def _practise(steps, n):
         steps.step(n)
     steps.at.zero_()
 
+@contextmanager
+def _compared_convolutions(on):
+    "Let cuDNN take the fastest of its algorithms by trying them, unless it is to be deterministic; its other settings stay."
+    cudnn = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, on and not cudnn.deterministic
+    try: yield
+    finally: cudnn.benchmark = before
+
 def _record(steps):
     "Replace the steps by recordings of themselves; returns the stream to replay them in."
     held = [*steps.net.state_dict().values(), *(t for ts in steps.rule.state for t in ts), steps.at, steps.losses]
-    before, stream = [t.clone() for t in held], torch.cuda.Stream()
+    before, stream, pool = [t.clone() for t in held], torch.cuda.Stream(), torch.cuda.graph_pool_handle() # one pool of memory: recordings of a network never run at once
     stream.wait_stream(torch.cuda.current_stream())
     for n in list(steps.run):
-        with torch.cuda.stream(stream), torch.backends.cudnn.flags(enabled=True, benchmark=n == steps.sizes[0]):
+        with torch.cuda.stream(stream), _compared_convolutions(n == steps.sizes[0]):
             _practise(steps, n)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream): steps.step(n)
+            with torch.cuda.graph(graph, pool=pool, stream=stream): steps.step(n)
         steps.run[n] = graph.replay
     with torch.no_grad():
         for t, b in zip(held, before): t.copy_(b)
@@ -442,14 +480,17 @@ def _record(steps):
 
 # %% ../nbs/45_families.ipynb #5f0a1d1e
 def _train_recorded(nets, loaders, recipe, names, device, on_epoch=None):
-    "Train networks side by side from recorded steps; `on_epoch` hears of the first."
+    "Train networks side by side from recorded steps; `on_epoch` hears of the first. For each, None, or the error if its loss didn't stay finite."
     with torch.cuda.device(device) if device.type == 'cuda' else nullcontext(): # streams and graphs are the current device's
-        _replay(nets, loaders, recipe, names, device, on_epoch)
+        return _replay(nets, loaders, recipe, names, device, on_epoch)
+
+def _older_than(*version): return tuple(map(int, torch.__version__.split('.')[:2])) < version
 
 def _replay(nets, loaders, recipe, names, device, on_epoch):
     steps, streams = [_Steps(net.train(), dl, recipe, device) for net, dl in zip(nets, loaders)], [None]*len(nets)
     if device.type == 'cuda':
         streams = [_record(s) for s in steps]
+        if _older_than(2, 13) and any(isinstance(m, nn.Dropout) for net in nets for m in net.modules()): streams = streams[:1]*len(steps) # all recordings have one place for the state of dropout
         torch.cuda.synchronize(device)
     for i in range(max(map(len, steps))):
         for s, stream in zip(steps, streams):
@@ -457,9 +498,8 @@ def _replay(nets, loaders, recipe, names, device, on_epoch):
                 with torch.cuda.stream(stream): s(i)
         if on_epoch and (i + 1)%steps[0].n_batches == 0: on_epoch(i//steps[0].n_batches, _loss_at(steps[0], i))
     if device.type == 'cuda': torch.cuda.synchronize(device)
-    for s, name in zip(steps, names):
-        bad = (~s.losses.isfinite()).nonzero()
-        if len(bad): raise diverged(name, s.losses[bad[0, 0]], *divmod(int(bad[0, 0]), s.n_batches))
+    first_bad = [next(iter((~s.losses.isfinite()).nonzero()[:, 0].tolist()), None) for s in steps]
+    return [None if i is None else diverged(name, s.losses[i], *divmod(i, s.n_batches)) for s, name, i in zip(steps, names, first_bad)]
 
 def _loss_at(steps, i):
     "Loss of step `i`, once it is done."
@@ -493,13 +533,19 @@ def _train_alone(jobs, recipe): return [train(job.build(), job.dls, recipe, job.
 
 def _train_side_by_side(jobs, recipe):
     "Train on a GPU from recorded steps; dropout is seeded by the first job."
-    nets, loaders = [job.build() for job in jobs], [training_loader(job.dls, recipe.bs, job.seed) for job in jobs]
-    with ExitStack() as stack, torch.random.fork_rng():
-        for job, net in zip(jobs, nets): stack.enter_context(computed_in(recipe, net, device_of(job.dls)))
-        torch.manual_seed(jobs[0].seed)
-        _train_recorded(nets, loaders, recipe, [job.name for job in jobs], device_of(jobs[0].dls))
-    for job, net in zip(jobs, nets): check_predictions(net.eval(), job.dls, job.name)
-    return nets
+    device = device_of(jobs[0].dls)
+    try:
+        nets, loaders = [job.build() for job in jobs], [training_loader(job.dls, recipe.bs, job.seed) for job in jobs]
+        with ExitStack() as stack, torch.random.fork_rng([device] if device.type == 'cuda' else []):
+            for job, net in zip(jobs, nets): stack.enter_context(computed_in(recipe, net, device))
+            torch.manual_seed(jobs[0].seed)
+            failed = _train_recorded(nets, loaders, recipe, [job.name for job in jobs], device)
+        return [_checked(*one) for one in zip(jobs, nets, failed)]
+    except torch.OutOfMemoryError:
+        if len(jobs) == 1: raise
+    nets = loaders = None # what they hold is needed now
+    half = len(jobs)//2
+    return _train_side_by_side(jobs[:half], recipe) + _train_side_by_side(jobs[half:], recipe)
 
 # %% ../nbs/45_families.ipynb #5f0a1c1a
 def fit_networks(
@@ -518,9 +564,12 @@ def fit_networks(
     for how, which in _work(jobs, [i for i, net in enumerate(nets) if net is None]):
         with no_random(reproducible=False): trained, seconds = timed(lambda: how([jobs[i] for i in which], recipe))
         for i, net in zip(which, trained):
+            if isinstance(net, FloatingPointError): continue
             net.training_seconds = seconds/len(which)
             if files[i]: save_weights(net, files[i])
             done(i, net)
+        for net in trained:
+            if isinstance(net, FloatingPointError): raise net
     return nets
 
 # %% ../nbs/45_families.ipynb #5f0a1c25
@@ -570,7 +619,7 @@ def features(
 # %% ../nbs/45_families.ipynb #5f0a1c26
 def _features_source(view, normalize, body):
     "What says of features that they are others: a hash of the images, their normalisation and the body with its weights."
-    source = hashlib.sha256(f'{view.source} {normalize} {body}'.encode())
+    source = hashlib.sha256(f"{view.source} {normalize} {body} {code_version('inference')}".encode())
     for v in body.state_dict().values(): source.update(v.cpu().contiguous().numpy().tobytes())
     return source.hexdigest()
 

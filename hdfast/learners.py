@@ -25,7 +25,7 @@ from fastai.data.transforms import Category, CategoryMap
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import TensorCategory, TensorImage, default_device, no_random, to_device
+from fastai.torch_core import TensorCategory, TensorImage, default_device, no_random
 from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
@@ -157,7 +157,7 @@ class ImageDL(TfmdDL):
         self.before_iter()
         order, g = self.order()
         for i in order.to(self.dataset.index.device).split(batch_sizes(len(order), self.bs)):
-            x, *y = to_device(self.dataset.batch(i), self.device)
+            x, *y = (t.to(self.device) for t in self.dataset.batch(i))
             if self.augment and (self.shuffle or self.dataset.split_idx == 0): x = self.augment(x, g)
             yield self.inputs(x), *y
 
@@ -395,7 +395,7 @@ def check_predictions(
     name # what an error calls it
 ):
     "Raise a FloatingPointError if what the last step left can't predict a batch."
-    x, *_ = to_device(dls.train.new(shuffle=False, drop_last=False).one_batch(), next(net.parameters()).device)
+    x = dls.train.new(shuffle=False, drop_last=False).one_batch()[0].to(next(net.parameters()).device)
     if not torch.isfinite(net(x)).all():
         raise FloatingPointError(f"the predictions of {name} aren't finite after the last step: lower the learning rate")
 

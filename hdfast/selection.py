@@ -32,7 +32,7 @@ from sklearn.base import BaseEstimator
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from .clustering import ClassHierarchy, check_one_level, palette, sub_confusion
 from .confusion import check_confusion, distance_matrix
-from .families import Job, bar_over, fit_networks
+from .families import Job, bar_over, fit_networks, product_precision
 from .hierarchical import HierarchicalClassifier, class_scores, price, routing_shares
 from .learners import accuracy_on, as_view, check_classes, class_counts, class_view, held_out_confusion, input_shape, probabilities, recipe
 from .linkage import average_linkage
@@ -501,17 +501,20 @@ def _parts(jobs, n):
     "The numbers of `jobs` dealt out to `n` parts or fewer."
     return [range(i, len(jobs), n) for i in range(min(n, len(jobs)))]
 
-def _fill(jobs, which, recipe, cache):
-    "Train some of `jobs`, by number, into the cache, on one thread."
-    threads = torch.get_num_threads()
+def _fill(jobs, which, recipe, cache, products):
+    "Train some of `jobs`, by number, into the cache, on one thread, with `products` as exact as in the calling process."
+    threads, before = torch.get_num_threads(), product_precision()
     torch.set_num_threads(1)
+    if products != before: torch.set_float32_matmul_precision(products)
     try: fit_networks([jobs[i] for i in which], recipe, cache)
-    finally: torch.set_num_threads(threads) # joblib may do it all in the calling process
+    finally: # joblib may do it all in the calling process
+        torch.set_num_threads(threads)
+        if products != before: torch.set_float32_matmul_precision(before)
     return len(which)
 
-def _fill_from(file, which, recipe, cache):
+def _fill_from(file, *args):
     "The same for jobs in a file, whose images are mapped into memory and shared with other processes."
-    return _fill(torch.load(file, mmap=True, weights_only=False), which, recipe, cache)
+    return _fill(torch.load(file, mmap=True, weights_only=False), *args)
 
 def _report(trained, n, progress):
     "Wait for all of `trained`, numbers of networks, and tell `progress` how far it is."
@@ -534,7 +537,7 @@ def in_processes(
         with _folder(cache) as folder, tempfile.TemporaryDirectory() as aside:
             file = Path(aside)/'jobs.pt'
             torch.save(jobs, file, pickle_module=cloudpickle) # once, not with every part: loaders hold all images
-            parts = (delayed(_fill_from)(file, part, recipe, folder) for part in _parts(jobs, n_jobs*per_job))
+            parts = (delayed(_fill_from)(file, part, recipe, folder, product_precision()) for part in _parts(jobs, n_jobs*per_job))
             try: _report(Parallel(n_jobs, return_as='generator_unordered')(parts), len(jobs), progress)
             finally: get_reusable_executor().shutdown(wait=True) # idle processes would keep this one from ending, for minutes
             return fit_networks(jobs, recipe, folder)
@@ -551,7 +554,7 @@ def in_ray(
     def train(jobs, recipe, cache=None, progress=None):
         with _folder(cache) as folder:
             stored = ray.put(jobs) # once for each machine, not with every part: loaders hold all images
-            todo = [task.remote(stored, part, recipe, Path(folder).expanduser().resolve()) for part in _parts(jobs, n_parts)]
+            todo = [task.remote(stored, part, recipe, Path(folder).expanduser().resolve(), product_precision()) for part in _parts(jobs, n_parts)]
             _report(map(ray.get, todo), len(jobs), progress)
             return fit_networks(jobs, recipe, folder)
     return train

@@ -462,7 +462,7 @@ def _prefixed(body): return {f'body.{k}': v for k, v in body.state_dict().items(
 @patch
 def _key(self:TrunkClassifier, dls, nets, how):
     "A name for what this training gives: a hash of data, hierarchy, spec, recipe, seed and the weights of other networks."
-    settings = [self._format, code_version('trunk'), _code_of(type(self)), network_key(Job(dls, self.spec.trunk, self.seed), self.recipe), self.spec.to_dict(),
+    settings = [self._format, code_version('trunk', 'inference'), _code_of(type(self)), network_key(Job(dls, self.spec.trunk, self.seed), self.recipe), self.spec.to_dict(),
                 self.hierarchy.to_json(), how]
     key = hashlib.sha256(json.dumps(settings, default=plain_number).encode())
     for v in (v for net in nets for v in net.state_dict().values()): key.update(v.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -478,7 +478,7 @@ def _code_of(cls):
 # %% ../nbs/55_trunk.ipynb #f374903a
 def _sums(net):
     "A number for each tensor of `net`, by which it shows whether it was trained since."
-    return torch.stack([t.detach().sum(dtype=torch.float64) for t in (*net.parameters(), *net.buffers())]).tolist()
+    return torch.stack(torch._foreach_norm([t.detach() for t in (*net.parameters(), *net.buffers()) if t.is_floating_point()])).tolist()
 
 @patch
 def _use(self:TrunkClassifier, net, shape, normalize, device):

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import torch
 
-from hdfast.experiments import EXPERIMENTS, by_variant, caption, commits, earlier_runs, load_result, pages_folder, provenance, runs_of, save_result
+from hdfast.experiments import EXPERIMENTS, by_variant, caption, commits, earlier_runs, load_result, pages_folder, provenance, runs_of, save_result, use_device
 from hdfast.hdcnn import HDCNN
 from hdfast.hierarchical import HierarchicalClassifier
 from hdfast.trunk import SLIM, WIDE
@@ -260,3 +261,10 @@ def test_a_selector_learns_from_the_trials_of_the_experiments_that_are_named_and
     assert all(isinstance(found[name], dict) for name in ('first', 'second', 'third')), found
     ways = {name: set(load_result(tmp_path, name)[0].experts) for name in found}
     assert ways['first'] == ways['third'] == ways['second'] - {'learned elsewhere'} and 'learned elsewhere' in ways['second'] # whatever lies in the folder
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_a_device_that_is_not_there_is_an_error_at_once():
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises((RuntimeError, AssertionError)): use_device('cuda')
+    assert torch.get_float32_matmul_precision() == before

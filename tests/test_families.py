@@ -176,8 +176,15 @@ def test_fused_perceptrons_answer_in_eval_mode(dls):
 
 def recorded(jobs, how):
     nets = [job.build() for job in jobs]
-    _train_recorded(nets, [training_loader(job.dls, how.bs, job.seed) for job in jobs], how, [job.name for job in jobs], CPU)
-    return [net.eval() for net in nets]
+    return whole([error or net.eval() for net, error in zip(nets, _train_recorded(nets, [training_loader(job.dls, how.bs, job.seed) for job in jobs], how, [job.name for job in jobs], CPU))])
+
+
+def whole(nets):
+    "Networks, if none of them diverged."
+    for net in nets:
+        if isinstance(net, FloatingPointError): raise net
+    return nets
+def fused(jobs, how): return whole(_train_fused(jobs, how))
 
 
 @recipes
@@ -423,7 +430,7 @@ def spoiled(dls):
     return [Job(class_view(clean, c), 'MLP_7', i, f'expert {i}') for i, c in enumerate(([0, 1, 2], [3, 4], [5, 6]))]
 
 
-ENGINES = {'loop': one_by_one, 'fused': _train_fused, 'recorded': recorded}
+ENGINES = {'loop': one_by_one, 'fused': fused, 'recorded': recorded}
 
 @pytest.mark.parametrize('engine', ENGINES.values(), ids=list(ENGINES))
 def test_a_loss_that_is_not_finite_names_network_epoch_and_batch(spoiled, engine):
@@ -440,7 +447,28 @@ def test_a_network_that_diverges_leaves_those_before_it_in_the_cache(dls, tmp_pa
     assert len(list(tmp_path.glob('[!.]*'))) == 1
 
 
-@pytest.mark.parametrize('engine', [_train_fused, one_by_one], ids=['fused', 'loop'])
+def test_a_network_that_diverges_leaves_those_beside_it_in_the_cache(spoiled, tmp_path):
+    how = recipe('paper', epochs=2, bs=4)
+    sound = [replace(job, weights=None) for job in (spoiled[0], spoiled[2])]
+    with pytest.raises(FloatingPointError, match='expert 1'): fit_networks(spoiled, how, tmp_path)
+    assert all(families.cached_file(job, how, tmp_path).exists() for job in sound) and not families.cached_file(spoiled[1], how, tmp_path).exists()
+    assert max(map(gap, fit_networks(sound, how, tmp_path), one_by_one(sound, how))) < 1e-6
+
+
+def test_too_many_networks_for_the_memory_are_trained_in_halves(dls, monkeypatch):
+    jobs, asked = [Job(class_view(dls, [i, i + 1]), dry_cnn, i, f'expert {i}') for i in range(5)], []
+    def short(nets, *args):
+        asked.append(len(nets))
+        if len(nets) > 2: raise torch.OutOfMemoryError('CUDA out of memory')
+        return _train_recorded(nets, *args)
+    monkeypatch.setattr(families, '_train_recorded', short)
+    nets = families._train_side_by_side(jobs, HOW['paper'])
+    assert asked == [5, 2, 3, 1, 2] and max(map(gap, nets, one_by_one(jobs, HOW['paper']))) < 1e-4
+    monkeypatch.setattr(families, '_train_recorded', lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError('CUDA out of memory')))
+    with pytest.raises(torch.OutOfMemoryError): families._train_side_by_side(jobs[:1], HOW['paper'])
+
+
+@pytest.mark.parametrize('engine', [fused, one_by_one], ids=['fused', 'loop'])
 def test_what_the_last_step_left_has_to_predict(dls, engine):
     jobs = [Job(part(dls, [i, i + 1], 8), 'MLP_8', i, f'expert {i}') for i in range(2)]
     with pytest.raises(FloatingPointError, match="predictions of expert 0 aren't finite"): engine(jobs, recipe('paper', epochs=1, lr=1e38))
@@ -577,3 +605,51 @@ def test_whole_numbers_of_numpy_are_numbers_in_a_key(dls):
     import numpy as np
     job, how = Job(dls, 'MLP_4', seed=3), recipe('paper', epochs=5)
     assert network_key(replace(job, seed=np.int64(3)), replace(how, epochs=np.int64(5))) == network_key(job, how)
+
+
+# ---- settings of the process
+
+def test_the_precision_of_products_is_known_by_either_of_its_names(dls):
+    code = """
+import torch
+from hdfast.datasets import synthetic
+from hdfast.families import Job, network_key, product_precision
+from hdfast.learners import recipe
+job = Job(synthetic(2, 2, 10, size=8).dataloaders(device='cpu'), 'MLP_4')
+said = [product_precision()]
+torch.backends.cuda.matmul.fp32_precision = 'tf32'
+said.append(product_precision())
+print(said[0], said[1] != said[0], len(network_key(job, recipe('paper'))))
+"""
+    ran = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert ran.stdout.split() == ['highest', 'True', '20'], ran.stderr
+
+
+def test_comparing_convolutions_changes_no_other_setting(monkeypatch):
+    cudnn = torch.backends.cudnn
+    for deterministic in (False, True):
+        monkeypatch.setattr(cudnn, 'deterministic', deterministic)
+        before = cudnn.enabled, cudnn.deterministic, cudnn.allow_tf32, cudnn.benchmark
+        with families._compared_convolutions(True): assert (cudnn.enabled, cudnn.deterministic, cudnn.allow_tf32, cudnn.benchmark) == (*before[:3], not deterministic)
+        assert (cudnn.enabled, cudnn.deterministic, cudnn.allow_tf32, cudnn.benchmark) == before
+
+
+def test_layers_that_may_decide_in_python_are_not_recorded():
+    class Own(nn.Module):
+        def forward(self, x): return x
+    assert families._is_known(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout()))
+    assert not families._is_known(nn.Sequential(Own())) and not families._is_known(nn.BatchNorm2d(4, momentum=None))
+
+
+shift, table, helped = 1, [1, 2], {'b', 'a'}
+def helper(x): return x + shift
+def other(x): return x - shift
+def augmentation(x, g): return torch.stack([helper(r) for r in x]) + table[0]*len(helped)
+
+def test_the_key_of_an_augmentation_knows_what_it_calls(monkeypatch):
+    texts = [families._function_text(augmentation)]
+    assert families._function_text(augmentation) == texts[0]
+    for name, value in (('helper', other), ('table', [1, 3]), ('helped', {'c'}), ('shift', 2)):
+        monkeypatch.setitem(globals(), name, value)
+        texts.append(families._function_text(augmentation))
+    assert len(set(texts)) == 5

@@ -21,6 +21,7 @@ from scipy import sparse
 import hdfast.selection as selection
 from hdfast.clustering import cluster_classes, hierarchy_from_groups
 from hdfast.datasets import HELD_OUT, TEST, TRAIN, ImageSet
+from hdfast.families import Job, cached_file
 from hdfast.hierarchical import HierarchicalClassifier
 from hdfast.learners import crop_flip, recipe
 from hdfast.networks import Conv, NetworkSpec, Stage, mlp_spec, network_spec
@@ -511,13 +512,13 @@ def test_ray_tasks_write_where_the_caller_reads(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     told = []
     class Ray:
-        def remote(self, **options): return lambda f: type('Task', (), dict(remote=staticmethod(lambda stored, part, recipe, folder: told.append(folder))))
+        def remote(self, **options): return lambda f: type('Task', (), dict(remote=staticmethod(lambda stored, part, recipe, folder, products: told.append((folder, products)))))
         def put(self, jobs): return jobs
         def get(self, task): return []
     monkeypatch.setattr(selection, 'fit_networks', lambda jobs, recipe, cache: cache)
     monkeypatch.setattr(selection, '_report', lambda *args: [*args[0]])
     in_ray(Ray(), n_parts=1)([1, 2], short, '~/nets')
-    assert told == [tmp_path/'nets']
+    assert told == [(tmp_path/'nets', torch.get_float32_matmul_precision())]
 
 
 def test_candidates_are_checked():
@@ -681,3 +682,12 @@ def test_what_cannot_choose_is_refused_before_anything_is_trained():
     from sklearn.ensemble import RandomForestClassifier
     with pytest.raises(ValueError, match='wrap the RandomForestClassifier'): NetworkSelector(['MLP_8', 'MLP_16'], chooser=RandomForestClassifier())
     with pytest.raises(ValueError, match="'CNN_2' alone leaves nothing to choose"): NetworkSelector('CNN_2')
+
+
+def test_other_processes_multiply_as_exactly_as_this_one(dls, tmp_path):
+    how, jobs, before = recipe('one_cycle', epochs=1), [Job(dls, 'MLP_4', i) for i in range(2)], torch.get_float32_matmul_precision()
+    selection._fill(jobs, [1], how, tmp_path, 'high')
+    assert torch.get_float32_matmul_precision() == before
+    torch.set_float32_matmul_precision('high')
+    try: assert [cached_file(job, how, tmp_path).exists() for job in jobs] == [False, True]
+    finally: torch.set_float32_matmul_precision(before)
