@@ -380,8 +380,8 @@ def _answers(model, images, top):
     h = model.hierarchy
     k = h.n_clusters if isinstance(getattr(model, 'model', model), TrunkClassifier) else 1 # a calibrated one has a model
     clusters, probs = model._clusters_and_classes(torch.from_numpy(np.stack(images)), k)
+    best = probs.argsort(1)[:, ::-1][:, :top] # in the order that `evaluate` counts
     if k == 1: probs = (clusters @ h.holds)*probs # it is one of a cluster's classes only if the image is of one that holds it
-    best = probs.argsort(1)[:, ::-1][:, :top]
     holding = lambda c: [q for q, members in enumerate(h.clusters) if c in members]
     named = lambda row, ids: [(h.classes[c], round(float(row[c]), 6)) for c in ids if row[c] > 0] # 0 outside the clusters that were asked
     return [(max(holding(ids[0]), key=p.__getitem__), named(row, ids)) for p, row, ids in zip(clusters, probs, best)]

@@ -9,7 +9,7 @@ __all__ = ['TRAIN', 'HELD_OUT', 'TEST', 'SPLITS', 'IMAGE_SETS', 'ImageSet', 'hol
            'imagenet100', 'imagenet200', 'image_set']
 
 # %% ../nbs/00_datasets.ipynb #75114667
-import json, os, tempfile, warnings, zlib
+import errno, json, os, tempfile, warnings, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -591,6 +591,8 @@ def image_folder(
 # %% ../nbs/00_datasets.ipynb #0808a3e9
 class ImagesAbsent(FileNotFoundError): "The images of a set that may have to be fetched by hand aren't there."
 
+_of_the_disk = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS} # errors that no download by hand mends
+
 def _fetched(folder, url, get):
     "`folder`, if need be made of what `get(aside)` has downloaded from `url`; FileNotFoundError naming both if it can't"
     if folder.is_dir(): return folder
@@ -599,7 +601,9 @@ def _fetched(folder, url, get):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f'.{folder.name}.lock')), tempfile.TemporaryDirectory(dir=folder.parent, prefix='.') as aside:
             if not folder.is_dir(): os.replace(get(Path(aside)), folder)
-    except Exception as e: raise FileNotFoundError(f'nothing in {folder}, and downloading {url} failed: {e}') from e
+    except Exception as e:
+        if getattr(e, 'errno', None) in _of_the_disk: raise
+        raise FileNotFoundError(f'nothing in {folder}, and downloading {url} failed: {e}') from e
     return folder
 
 # %% ../nbs/00_datasets.ipynb #2284bfc5

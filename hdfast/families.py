@@ -25,7 +25,7 @@ from fastai.torch_core import no_random
 from fastcore.basics import chunked
 from fastprogress.fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 from . import networks
@@ -141,7 +141,7 @@ def save_weights(
     "Write the weights of `net` aside and rename, so that `file` is whole or absent; with them, how long training took."
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomically(file) as part: save_file({k: v.contiguous() for k, v in net.state_dict().items()}, part, {'training_seconds': str(net.training_seconds)})
+    with atomically(file) as part: part.write_bytes(save({k: v.contiguous() for k, v in net.state_dict().items()}, {'training_seconds': str(net.training_seconds)})) # `save_file` has rights and errors of its own
 
 def read_weights(
     net,  # a module, which gets the weights and `training_seconds`

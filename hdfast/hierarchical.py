@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from . import __version__
 from .clustering import ClassHierarchy, cluster_into
@@ -427,7 +427,7 @@ def save(self:HierarchicalClassifier,
     versions = dict(hdfast=__version__, torch=torch.__version__, python=platform.python_version())
     about = dict(format=self._format, versions=versions, provenance=provenance) | self._config()
     with _aside(folder) as part:
-        save_file(self._state(), part/'model.safetensors')
+        (part/'model.safetensors').write_bytes(save(self._state()))
         (part/'classifier.json').write_text(json.dumps(about, indent=1, ensure_ascii=False, default=plain_number), encoding='utf-8')
     return folder
 

@@ -206,7 +206,9 @@ def average_linkage(
     D = check_distance(D)
     g = _singles(name_hashes(classes, len(D)))
     if len(D) == 1: return np.zeros((0, 4))
-    S = 1 - (D + D.T)/(2*max(1, D.max()))
+    largest = D.max()
+    unit = largest if largest > 1 or 0 < largest < 1e-6 else 1 # similarities are counted in steps of 2^-40
+    S = 1 - (D + D.T)/(2*unit)
     np.fill_diagonal(S, 0)
     scale = _scale(S.sum())
     Z = _finish(g, *_matrix_chain(g, np.rint(S*scale).astype(np.int64)), scale)

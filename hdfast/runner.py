@@ -22,7 +22,7 @@ from fastprogress.fastprogress import format_time
 from filelock import FileLock, Timeout
 from .experiments import EXPERIMENTS, Experiment, device_name, pages_folder, repository, write_aside
 from .families import code_hash
-from .summary import ITEMS, write_summary
+from .summary import BEYOND, ITEMS, write_summary
 
 # %% ../nbs/85_runner.ipynb #68517a84
 try: import psutil, yaml
@@ -72,7 +72,7 @@ def select(
     there = {name: e for name, e in EXPERIMENTS.items() if profile in e.profiles}
     called = {name: [name] for name in there}
     for item in ITEMS:
-        found = [name for name in item.experiments if name in there]
+        found = [name for name in item.experiments if name in there and (item in BEYOND or 'beyond the paper' not in there[name].table)] # others stand beside it
         called.setdefault(item.name.lower(), []).extend(found[:1] if item.figure else found) # any one of them makes a figure
     meant = {name: called.get(name) or called.get(name.lower()) for name in only or there}
     wrong = ', '.join(name for name, found in meant.items() if not found)
@@ -338,8 +338,10 @@ def execute(self:Runner, task:Task):
     copy, before, start = self.out/'pages'/f'.{task.name}.part.ipynb', _stamp(_result(task)), time.time()
     made_with = _made_with(task, self.out, self.device)
     fresh = not copy.exists() and not _receipt(task, self.out).exists() # otherwise some of its networks are in the cache
+    copy.unlink(missing_ok=True) # it tells of an earlier failure
     try:
         why = _why(*self.attempt(task, copy), copy, self.timeout)
+        if self.stopped: raise PageFailure('stopped') # its process may look as if it had ended well
         if why: raise (NotRunHere if why.startswith(_ABSENT) else PageFailure)(why)
         _check_result(task, before)
     except PageFailure as e: raise PageFailure('stopped') if self.stopped else type(e)(f'{e}; see {copy}') from None
@@ -506,12 +508,14 @@ def reproduce(
     found = runner.run_all([t for e in experiments for t in runner.tasks_of(e, profile)])
     for e in experiments: _print_result(runner.out, e.name, found[e.name])
     try: print(f'\neverything beside the paper: {write_summary(runner.out)}')
-    except (OSError, ValueError) as e: print(f'\nno summary: {e}') # a full disk, or a foreign file of an experiment's name
+    except (OSError, ValueError) as e: # a full disk, or a foreign file of an experiment's name
+        print(f'\nno summary: {e}')
+        found['summary'] = e
     absent = [e.name for e in experiments if isinstance(found[e.name], NotRunHere)]
     if absent: print(f"\n{len(absent)} of {len(experiments)} experiments not run here, for lack of images: {', '.join(absent)}; once they are there, the same command runs these")
     failed = [n for n, o in found.items() if isinstance(o, Exception) and not isinstance(o, NotRunHere)]
     if failed: print(f"\n{len(failed)} of {len(found)} failed: {', '.join(failed)}; the same command runs these again")
-    return {e.name: found[e.name] for e in experiments}
+    return {name: found[name] for name in [*(e.name for e in experiments), 'summary'] if name in found}
 
 # %% ../nbs/85_runner.ipynb #41eac8b4
 @patch

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from fastcore.basics import listify, patch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from scipy.io import loadmat
 from torch import nn
 from . import __version__
@@ -114,7 +114,7 @@ def save(self:Backbone,
     "Write backbone.safetensors and, last, backbone.json."
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    with atomically(folder/'backbone.safetensors') as part: save_file({k: v.cpu().contiguous() for k, v in self.weights.items()}, part)
+    with atomically(folder/'backbone.safetensors') as part: part.write_bytes(save({k: v.cpu().contiguous() for k, v in self.weights.items()}))
     versions = dict(hdfast=__version__, torch=torch.__version__, python=platform.python_version())
     about = dict(format=_format, versions=versions, spec=self.spec.to_dict(), normalize=asdict(self.normalize),
                  about=self.about, weights=_hash(folder/'backbone.safetensors'))

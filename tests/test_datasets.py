@@ -1,5 +1,5 @@
 """Image sets: splits and folds, the decode cache under faults, image folders, named sets."""
-import json, os, signal, subprocess, sys, tarfile, time, urllib.error
+import errno, io, json, os, signal, subprocess, sys, tarfile, time, urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -756,3 +756,12 @@ def test_two_writers_of_one_process_do_not_share_a_path(tmp_path):
 def test_a_size_is_one_number(tmp_path):
     for ask in (decode, read_images):
         with pytest.raises(ValueError, match=r'one whole number.*not \(16, 24\)'): ask([tmp_path/'x.png'], (16, 24))
+
+
+def test_a_full_disk_is_not_taken_for_absent_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, 'urlopen', lambda *args, **kwargs: io.BytesIO())
+    def full(aside): raise OSError(errno.ENOSPC, 'No space left on device')
+    with pytest.raises(OSError, match='No space left') as e: datasets._fetched(tmp_path/'images', 'http://there', full)
+    assert not isinstance(e.value, FileNotFoundError)
+    def broken(aside): raise OSError('connection reset')
+    with pytest.raises(FileNotFoundError, match='downloading http://there failed'): datasets._fetched(tmp_path/'images', 'http://there', broken)

@@ -1,5 +1,5 @@
 "The training engine: whatever it fuses, records or keeps, the networks are those of a Learner, one by one."
-import random, signal, subprocess, sys
+import os, random, signal, subprocess, sys
 from copy import deepcopy
 from dataclasses import replace
 from functools import wraps
@@ -13,8 +13,10 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import hdfast.families as families
+from hdfast.clustering import cluster_into
 from hdfast.families import (Job, _practise, _record, _Steps, _train_fused, _train_recorded, bar_over, code_hash, code_version, feature_dataloaders, features, fit_network,
                              fit_networks, network_key, train)
+from hdfast.hierarchical import HierarchicalClassifier
 from hdfast.learners import (Normalization, SkipValidation, ViewDataLoaders, build_network, class_view, cluster_view, computed_in, crop_flip, input_shape, mlp_learner, network_learner,
                              recipe, training_loader)
 from hdfast.networks import network_spec, seeded
@@ -653,3 +655,13 @@ def test_the_key_of_an_augmentation_knows_what_it_calls(monkeypatch):
         monkeypatch.setitem(globals(), name, value)
         texts.append(families._function_text(augmentation))
     assert len(set(texts)) == 5
+
+
+def test_weights_are_as_readable_as_other_files(dls, tmp_path):
+    before = os.umask(0o022)
+    try:
+        fit_network(dls, 'MLP_4', HOW['paper'], cache=tmp_path)
+        HierarchicalClassifier(cluster_into(np.eye(9), 3, None, list(dls.vocab)), 'MLP_4', 'MLP_4', HOW['paper']).fit(dls, progress=False).save(tmp_path/'m')
+    finally: os.umask(before)
+    files = [*tmp_path.glob('*.safetensors'), tmp_path/'m'/'model.safetensors']
+    assert len(files) == 2 and all(f.stat().st_mode & 0o777 == 0o644 for f in files)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 from scipy import sparse
 from scipy.cluster.hierarchy import cophenet, is_valid_linkage, linkage
-from scipy.spatial.distance import squareform
+from scipy.spatial.distance import pdist, squareform
 
 from hdfast.linkage import _compare, _mix, average_linkage, check_similarity, merge_heights, name_hashes, sparse_average_linkage
 
@@ -293,3 +293,11 @@ def test_a_sparse_matrix_is_no_distance_matrix():
 def test_names_of_sparse_classes_must_be_distinct_and_as_many_as_classes():
     with pytest.raises(ValueError, match='distinct'): sparse_average_linkage(sparse.csr_array((3, 3)), ['a', 'b', 'a'])
     with pytest.raises(ValueError, match='2 class names for 3'): sparse_average_linkage(sparse.csr_array((3, 3)), ['a', 'b'])
+
+
+@pytest.mark.parametrize('unit', [1e-13, 1e-9, 1, 1e9])
+def test_the_tree_does_not_depend_on_the_unit_of_the_distances(unit):
+    x = np.random.default_rng(0).normal(size=(12, 3))
+    D = squareform(pdist(x))
+    ours = average_linkage(D*unit)
+    assert np.array_equal(ours[:, [0, 1, 3]], average_linkage(D)[:, [0, 1, 3]]) and np.allclose(ours[:, 2], average_linkage(D)[:, 2]*unit, rtol=1e-6)
