@@ -9,6 +9,7 @@ import torch
 from hdfast.experiments import EXPERIMENTS, by_variant, caption, commits, earlier_runs, load_result, pages_folder, provenance, runs_of, save_result, use_device
 from hdfast.hdcnn import HDCNN
 from hdfast.hierarchical import HierarchicalClassifier
+from hdfast.runner import select
 from hdfast.trunk import SLIM, WIDE
 
 WANTED = dict(dataset='caltech101', seed=0, epochs=3, how='paper', variants=['a', 'b'])
@@ -268,3 +269,8 @@ def test_a_device_that_is_not_there_is_an_error_at_once():
     before = torch.get_float32_matmul_precision()
     with pytest.raises((RuntimeError, AssertionError)): use_device('cuda')
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_table_is_made_by_its_own_experiments_and_not_by_those_beside_it():
+    assert [e.name for e in select('cpu', ['Table 13'])] == ['memory']
+    assert {'trunk_cifar100_one_cycle', 'trunk_hdcnn_cifar100_one_cycle'} <= {e.name for e in select('cpu', ['Beyond 1'])}

@@ -745,8 +745,3 @@ def test_ten_kills_at_random_moments_of_all_smoke_pages_change_no_number(tmp_pat
     assert len(files) > 20 and files == {f.name for f in (tmp_path/'killed').glob('*.csv')}
     for name in sorted(files - {'summary.csv'}):
         pd.testing.assert_frame_equal(*(untimed(tmp_path/which/name) for which in ('whole', 'killed')), obj=name)
-
-
-def test_a_table_is_made_by_its_own_experiments_and_not_by_those_beside_it():
-    assert [e.name for e in select('cpu', ['Table 13'])] == ['memory']
-    assert {'trunk_cifar100_one_cycle', 'trunk_hdcnn_cifar100_one_cycle'} <= {e.name for e in select('cpu', ['Beyond 1'])}

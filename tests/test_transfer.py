@@ -174,10 +174,11 @@ def test_saving_again_replaces(tmp_path, source):
     assert {f.name for f in tmp_path.iterdir()} == {'backbone.json', 'backbone.safetensors'}
 
 
-@pytest.mark.parametrize('write', ['transfer.save_file', 'datasets.os.replace', 'transfer.Path.write_text'])
+@pytest.mark.parametrize('write', ['transfer.Path.write_bytes', 'datasets.os.replace', 'transfer.Path.write_text'])
 def test_a_failure_while_saving_leaves_nothing_behind(tmp_path, source, monkeypatch, write):
     def full(*args, **kwargs):
-        if write == 'transfer.save_file': args[1].write_bytes(b'half')
+        if write == 'transfer.Path.write_bytes':
+            with open(args[0], 'wb') as f: f.write(b'half')
         raise OSError('no space left on device')
     monkeypatch.setattr(f'hdfast.{write}', full)
     with pytest.raises(OSError, match='no space left'): source.save(tmp_path)
