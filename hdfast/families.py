@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['schedule', 'train', 'can_be_recorded', 'Job', 'timed', 'save_weights', 'read_weights', 'code_hash', 'code_version',
-           'plain_number', 'product_precision', 'network_key', 'cached_file', 'fit_networks', 'bar_over', 'fit_network',
-           'features', 'check_features', 'feature_dataloaders']
+           'product_precision', 'multiplied_as', 'plain_number', 'network_key', 'cached_file', 'fit_networks',
+           'bar_over', 'fit_network', 'features', 'check_features', 'feature_dataloaders']
 
 # %% ../nbs/45_families.ipynb #5f0a1c04
 import ast, hashlib, json, time, warnings
@@ -87,9 +87,9 @@ def train(
     with no_random(seed, reproducible=False): # loaders draw random numbers too, when they are made
         net, dl = net.to(device).train(), training_loader(dls, recipe.bs, seed)
         with computed_in(recipe, net, device), no_random(seed, reproducible=False):
-            if device.type == 'cuda' and can_be_recorded(dls) and _is_known(net): failed = _train_recorded([net], [dl], recipe, [name], device, on_epoch)[0]
-            else: failed = _train_eagerly(net, dl, device, recipe, name, on_epoch)
-        if failed: raise failed
+            if device.type == 'cuda' and can_be_recorded(dls) and _is_known(net):
+                for error in filter(None, _train_recorded([net], [dl], recipe, [name], device, on_epoch)): raise error
+            else: _train_eagerly(net, dl, device, recipe, name, on_epoch)
         check_predictions(net.eval(), dls, name)
     return net
 
@@ -188,6 +188,25 @@ def code_version(
     "A hash of the code in modules, as this process has it."
     return code_hash(*(_sources[m] for m in modules))
 
+# %% ../nbs/45_families.ipynb #5f0a1c29
+def product_precision() -> str: # 'highest' unless it was set
+    "How exactly PyTorch multiplies float32 matrices, by whichever of its names that was set."
+    try: return torch.get_float32_matmul_precision()
+    except RuntimeError: return f'{torch.backends.cuda.matmul.fp32_precision}, {torch.backends.mkldnn.matmul.fp32_precision}'
+
+@contextmanager
+def multiplied_as(
+    products:str # what `product_precision` said, in this process or another
+):
+    "Let float32 matrices be multiplied as exactly as that, then as before."
+    def put(said):
+        if ', ' in said: torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = said.split(', ')
+        else: torch.set_float32_matmul_precision(said)
+    before = product_precision()
+    put(products)
+    try: yield
+    finally: put(before)
+
 # %% ../nbs/45_families.ipynb #5f0a1c17
 def plain_number(
     n, # a number of NumPy or PyTorch; else TypeError
@@ -195,11 +214,6 @@ def plain_number(
     "The same number as Python has it, for `json.dumps`."
     if hasattr(n, 'item') and not getattr(n, 'ndim', 1): return n.item()
     raise TypeError(f"{n!r} can't be written as JSON: it is a {type(n).__name__}")
-
-def product_precision() -> str: # 'highest' unless it was set
-    "How exactly PyTorch multiplies float32 matrices, by whichever of its names that was set."
-    try: return torch.get_float32_matmul_precision()
-    except RuntimeError: return f'{torch.backends.cuda.matmul.fp32_precision}, {torch.backends.mkldnn.matmul.fp32_precision}'
 
 def network_key(job:Job, recipe:Recipe) -> str:
     "A name for the network that this training gives: a hash of all that determines its weights."
@@ -219,6 +233,7 @@ def network_key(job:Job, recipe:Recipe) -> str:
     for k, v in sorted((job.weights or {}).items()): key.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
     return key.hexdigest()[:20]
 
+# %% ../nbs/45_families.ipynb #5f0a1c27
 _libraries = {'hdfast', 'torch', 'torchvision', 'numpy', 'fastai', 'fastcore'} # whose functions are what their version says
 
 def _names(code):
@@ -231,7 +246,7 @@ def _meant_by(f, seen):
     for k, v in sorted((k, v) for k, v in f.__globals__.items() if k in _names(f.__code__)):
         if isinstance(v, FunctionType) and v.__module__.partition('.')[0] not in _libraries and v not in seen:
             meant[k] = getsource(v), v.__defaults__, v.__kwdefaults__, _meant_by(v, seen | {v})
-        elif hasattr(v, 'tolist'): meant[k] = v.tolist()
+        elif isinstance(v, (np.ndarray, torch.Tensor)): meant[k] = v.tolist()
         elif isinstance(v, (set, frozenset)): meant[k] = sorted(map(repr, v))
         elif v is None or isinstance(v, (int, float, str, tuple, list, dict)): meant[k] = v
     return meant
@@ -563,13 +578,13 @@ def fit_networks(
         if (net := _read(jobs[i], file)) is not None: done(i, net)
     for how, which in _work(jobs, [i for i, net in enumerate(nets) if net is None]):
         with no_random(reproducible=False): trained, seconds = timed(lambda: how([jobs[i] for i in which], recipe))
+        errors = [net for net in trained if isinstance(net, FloatingPointError)]
         for i, net in zip(which, trained):
-            if isinstance(net, FloatingPointError): continue
+            if net in errors: continue
             net.training_seconds = seconds/len(which)
             if files[i]: save_weights(net, files[i])
             done(i, net)
-        for net in trained:
-            if isinstance(net, FloatingPointError): raise net
+        for error in errors: raise error
     return nets
 
 # %% ../nbs/45_families.ipynb #5f0a1c25

@@ -310,11 +310,10 @@ def _flat_probabilities(self:HierarchicalClassifier, flat, dl, take, rows):
     if isinstance(dl, ImageDL) and dl.normalize != self.normalize:
         images, rows_of, _ = _raw(dl)
         take = lambda r: dl.inputs(images.index_select(0, rows_of[r])).to(self.device)
-    if isinstance(flat, HierarchicalClassifier): return _answered(self._run(flat, take, rows))
-    check_network(flat)
-    with evaluating(flat), torch.no_grad():
-        check_scores(flat(take(rows[:1])), dl)
-        return _answered(predict_in_batches(flat, take, rows, self.shape, self.device).softmax(1).cpu())
+    if not isinstance(flat, HierarchicalClassifier):
+        check_network(flat)
+        with evaluating(flat), torch.no_grad(): check_scores(flat(take(rows[:1])), dl)
+    return _answered(self._run(flat, take, rows))
 
 # %% ../nbs/50_hierarchical.ipynb #34a645c1
 def _ways(p, flat_probs, y, h):

@@ -207,7 +207,7 @@ def average_linkage(
     g = _singles(name_hashes(classes, len(D)))
     if len(D) == 1: return np.zeros((0, 4))
     largest = D.max()
-    unit = largest if largest > 1 or 0 < largest < 1e-6 else 1 # similarities are counted in steps of 2^-40
+    unit = largest if largest > 1 or 0 < largest < 1e-6 else 1 # similarities are counted in steps of 2^-40: too coarse for tiny distances; others keep S = 1 - D, as in `sparse_average_linkage`
     S = 1 - (D + D.T)/(2*unit)
     np.fill_diagonal(S, 0)
     scale = _scale(S.sum())

@@ -500,7 +500,7 @@ def reproduce(
     only=None,           # names of experiments
     out=None,            # folder for results; default runs/<profile>
     **settings,          # to `Runner`: jobs, device, timeout, again
-) -> dict:               # name -> what the page wrote, or the exception
+) -> dict:               # name -> what the page wrote, or the exception; 'summary' -> why there is none
     "Run experiments, and print the tables and the paths of the figures."
     if find_spec('papermill') is None or psutil is None:
         raise RuntimeError("running experiments needs papermill and ipykernel: pip install 'hdfast[reproduce]'")

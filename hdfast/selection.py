@@ -32,7 +32,7 @@ from sklearn.base import BaseEstimator
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from .clustering import ClassHierarchy, check_one_level, palette, sub_confusion
 from .confusion import check_confusion, distance_matrix
-from .families import Job, bar_over, fit_networks, product_precision
+from .families import Job, bar_over, fit_networks, multiplied_as, product_precision
 from .hierarchical import HierarchicalClassifier, class_scores, price, routing_shares
 from .learners import accuracy_on, as_view, check_classes, class_counts, class_view, held_out_confusion, input_shape, probabilities, recipe
 from .linkage import average_linkage
@@ -71,6 +71,12 @@ def _eigenvalues(P):
 CNN_CANDIDATES = tuple(network_spec(f'CNN_{i}') for i in (2, 3, 4, 5))
 MLP_CANDIDATES = (mlp_spec(25, 10), *[mlp_spec(*[n]*layers) for layers in (1, 2, 3) for n in (16, 32, 64, 128)])
 CANDIDATES = {'mlp': MLP_CANDIDATES, 'cnn': CNN_CANDIDATES, 'joint': MLP_CANDIDATES + CNN_CANDIDATES}
+
+def _several(candidates):
+    "A list of candidates as it is, or the one of that name in `CANDIDATES`; ValueError for another name."
+    if not isinstance(candidates, str): return candidates
+    if candidates in CANDIDATES: return CANDIDATES[candidates]
+    raise ValueError(f"candidates are a list of networks, or one of {', '.join(CANDIDATES)}; {candidates!r} alone leaves nothing to choose")
 
 def _merge_specs(specs, more):
     "All specs, each once; ValueError if a name stands for two networks."
@@ -287,8 +293,7 @@ class NetworkSelector:
         seed:int=0,                # of the hierarchical classifier that will be built
         chooser=None,              # `SpecClassifier`, `SpecRegressor` or the like; by default what fits the candidates
     ):
-        if isinstance(candidates, str) and candidates not in CANDIDATES: raise ValueError(f"candidates are a list of networks, or one of {', '.join(CANDIDATES)}; {candidates!r} alone leaves nothing to choose")
-        self.candidates = {s.name: s for s in _merge_specs([], CANDIDATES[candidates] if isinstance(candidates, str) else candidates)}
+        self.candidates = {s.name: s for s in _merge_specs([], _several(candidates))}
         if not self.candidates: raise ValueError("a selector needs candidates to choose from")
         self.recipe, self.seed, self.trials = _recipe(recipe), seed, []
         self.chooser = chooser_for(self.candidates.values()) if chooser is None else chooser
@@ -503,13 +508,11 @@ def _parts(jobs, n):
 
 def _fill(jobs, which, recipe, cache, products):
     "Train some of `jobs`, by number, into the cache, on one thread, with `products` as exact as in the calling process."
-    threads, before = torch.get_num_threads(), product_precision()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    if products != before: torch.set_float32_matmul_precision(products)
-    try: fit_networks([jobs[i] for i in which], recipe, cache)
-    finally: # joblib may do it all in the calling process
-        torch.set_num_threads(threads)
-        if products != before: torch.set_float32_matmul_precision(before)
+    try:
+        with multiplied_as(products): fit_networks([jobs[i] for i in which], recipe, cache)
+    finally: torch.set_num_threads(threads) # joblib may do it all in the calling process
     return len(which)
 
 def _fill_from(file, *args):

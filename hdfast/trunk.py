@@ -476,14 +476,14 @@ def _code_of(cls):
     return [of(c) for c in cls.__mro__ if issubclass(c, TrunkClassifier)]
 
 # %% ../nbs/55_trunk.ipynb #f374903a
-def _sums(net):
+def _norms(net):
     "A number for each tensor of `net`, by which it shows whether it was trained since."
     return torch.stack(torch._foreach_norm([t.detach() for t in (*net.parameters(), *net.buffers()) if t.is_floating_point()])).tolist()
 
 @patch
 def _use(self:TrunkClassifier, net, shape, normalize, device):
     "Take `net` as the trained network, with its heads apart."
-    self._sums = _sums(net)
+    self._norms = _norms(net)
     self.net, self.shape, self.normalize, self.device = net.eval(), tuple(shape), normalize, torch.device(device)
     self._body, self.router = without_batch_norm(net.body), net.heads.router
     self.experts = [net.heads.experts.separate(q) if len(members) > 1 else None for q, members in enumerate(self.hierarchy.clusters)]
@@ -494,7 +494,7 @@ def _use(self:TrunkClassifier, net, shape, normalize, device):
 def _opinions(self:TrunkClassifier, n, take, bs=1024):
     "Cluster probabilities (n, clusters) of all rows, and the function that asks an expert about some."
     with evaluating(self.net):
-        if _sums(self.net) != self._sums: self._use(self.net, self.shape, self.normalize, self.device) # it was trained on
+        if _norms(self.net) != self._norms: self._use(self.net, self.shape, self.normalize, self.device) # it was trained on
         heads, f = self.net.heads, predict_in_batches(self._body, take, torch.arange(n), self.shape, self.device)
         scores = torch.cat([self.router(part)[0] for part in f.split(bs)])
         p = heads.clusters(scores).exp().cpu()

@@ -61,7 +61,7 @@ def fit_temperature(
     "The temperature at which the true classes are most likely."
     p, y = np.asarray(probs, dtype=np.float64), np.asarray(y)
     if len(p) != len(y) or not len(y): raise ValueError(f"{len(p)} rows of probabilities for {len(y)} classes: give a class for each image, at least one")
-    _check_probs(p, *p.shape)
+    _check_probs(p, len(y), p.shape[-1])
     return _lowest(lambda t: negative_log_likelihood(temper(p, t), y))
 
 # %% ../nbs/57_trust.ipynb #57a00014

@@ -186,6 +186,8 @@ def whole(nets):
     for net in nets:
         if isinstance(net, FloatingPointError): raise net
     return nets
+
+
 def fused(jobs, how): return whole(_train_fused(jobs, how))
 
 
@@ -615,16 +617,19 @@ def test_the_precision_of_products_is_known_by_either_of_its_names(dls):
     code = """
 import torch
 from hdfast.datasets import synthetic
-from hdfast.families import Job, network_key, product_precision
+from hdfast.families import Job, multiplied_as, network_key, product_precision
 from hdfast.learners import recipe
 job = Job(synthetic(2, 2, 10, size=8).dataloaders(device='cpu'), 'MLP_4')
 said = [product_precision()]
 torch.backends.cuda.matmul.fp32_precision = 'tf32'
 said.append(product_precision())
-print(said[0], said[1] != said[0], len(network_key(job, recipe('paper'))))
+with multiplied_as('high'): inside = product_precision()
+torch.set_float32_matmul_precision('highest')
+with multiplied_as(said[1]): as_told, here = product_precision(), network_key(job, recipe('paper'))
+print(said[0], said[1] != said[0], inside, as_told == said[1], product_precision(), here != network_key(job, recipe('paper')))
 """
     ran = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
-    assert ran.stdout.split() == ['highest', 'True', '20'], ran.stderr
+    assert ran.stdout.split() == ['highest', 'True', 'high', 'True', 'highest', 'True'], ran.stderr
 
 
 def test_comparing_convolutions_changes_no_other_setting(monkeypatch):
@@ -643,18 +648,18 @@ def test_layers_that_may_decide_in_python_are_not_recorded():
     assert not families._is_known(nn.Sequential(Own())) and not families._is_known(nn.BatchNorm2d(4, momentum=None))
 
 
-shift, table, helped = 1, [1, 2], {'b', 'a'}
+shift, table, helped, weights_of, kind = 1, [1, 2], {'b', 'a'}, torch.ones(2), torch.Tensor
 def helper(x): return x + shift
 def other(x): return x - shift
-def augmentation(x, g): return torch.stack([helper(r) for r in x]) + table[0]*len(helped)
+def augmentation(x, g): return torch.stack([helper(r) for r in x if isinstance(r, kind)]) + table[0]*len(helped)*weights_of[0]
 
 def test_the_key_of_an_augmentation_knows_what_it_calls(monkeypatch):
     texts = [families._function_text(augmentation)]
     assert families._function_text(augmentation) == texts[0]
-    for name, value in (('helper', other), ('table', [1, 3]), ('helped', {'c'}), ('shift', 2)):
+    for name, value in (('helper', other), ('table', [1, 3]), ('helped', {'c'}), ('shift', 2), ('weights_of', torch.zeros(2))):
         monkeypatch.setitem(globals(), name, value)
         texts.append(families._function_text(augmentation))
-    assert len(set(texts)) == 5
+    assert len(set(texts)) == 6
 
 
 def test_weights_are_as_readable_as_other_files(dls, tmp_path):
