@@ -243,7 +243,9 @@ def test_parts_of_a_trunk_page_train_all_that_the_whole_needs(tmp_path, monkeypa
         return said, load_result(tmp_path/out, 'trunk_synthetic')[0].drop(columns=['images/s', 'training s']), {f.name for f in (tmp_path/out/'networks').glob('*.safetensors')}
     said, parted, networks = run('parts', 2)
     _, whole, same = run('whole', 1)
-    assert [line.split('] ')[1].split(':')[0] for line in said if line.startswith('[')][0] == 'trunk_synthetic.1.1' and len(networks) == 4
+    ended = [line.split('] ')[1].split(':')[0] for line in said if line.startswith('[')]
+    assert sorted(ended) == ['trunk_synthetic', *(f'trunk_synthetic.1.{j}' for j in (1, 2, 3, 4))] and ended[-1] == 'trunk_synthetic' and len(networks) == 4
+    assert ended.index('trunk_synthetic.1.1') < min(map(ended.index, ('trunk_synthetic.1.3', 'trunk_synthetic.1.4'))) # both flat nets begin at once; variants wait for the first, whose clusters they have
     pd.testing.assert_frame_equal(parted, whole, rtol=1e-4)
     assert networks == same
     written = lambda folder, kind: max(f.stat().st_mtime for f in (tmp_path/'parts'/folder).glob(kind))
