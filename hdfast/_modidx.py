@@ -653,6 +653,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'hdfast.runner.Runner.chains': ('runner.html#runner.chains', 'hdfast/runner.py'),
                                'hdfast.runner.Runner.environment': ('runner.html#runner.environment', 'hdfast/runner.py'),
                                'hdfast.runner.Runner.execute': ('runner.html#runner.execute', 'hdfast/runner.py'),
+                               'hdfast.runner.Runner.expected': ('runner.html#runner.expected', 'hdfast/runner.py'),
                                'hdfast.runner.Runner.forecast': ('runner.html#runner.forecast', 'hdfast/runner.py'),
                                'hdfast.runner.Runner.key': ('runner.html#runner.key', 'hdfast/runner.py'),
                                'hdfast.runner.Runner.lock': ('runner.html#runner.lock', 'hdfast/runner.py'),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import mean
 import hdfast, joblib
 import pandas as pd
 from fastai.torch_core import default_device
@@ -353,6 +354,7 @@ def execute(self:Runner, task:Task):
     else: self.say(f'{task.name}: its code was edited while it ran, so the same command will run it again')
     if fresh: self.record(task, time.time() - start)
 
+# %% ../nbs/85_runner.ipynb #a879b558
 @patch
 def attempt(self:Runner, task, copy, tries=3) -> tuple:
     "Exit status and standard error of a page, started anew where its kernel ended before the first cell."
@@ -391,14 +393,24 @@ def record(self:Runner, task, seconds):
         except (OSError, ValueError): known = {}
         write_aside(file, json.dumps(dict(sorted((known | {self.key(task): round(seconds)}).items())), indent=1))
 
+# %% ../nbs/85_runner.ipynb #bce866a4
+@patch
+def expected(self:Runner, task) -> float|None:
+    "Seconds that a page will take: as many as last time, or as the same part of other runs took, in the mean; None if neither was timed."
+    known, key = self.timings(), self.key(task)
+    if key in known: return known[key]
+    if not (part := re.fullmatch(r'(.*?)\.\d+((?:\.\d+)?)', key)): return None
+    alike = re.compile(rf'{re.escape(part[1])}\.\d+{re.escape(part[2])}')
+    times = [s for k, s in known.items() if alike.fullmatch(k)]
+    return mean(times) if times else None
+
 # %% ../nbs/85_runner.ipynb #c732d483
 @patch
 def forecast(self:Runner,
     tasks,   # not done yet
 ) -> str:    # such as 'about 12:30 left'
     "How long the rest takes, by the times of earlier runs."
-    known = self.timings()
-    timed = [(t.alone, known[self.key(t)]) for t in tasks if self.key(t) in known]
+    timed = [(t.alone, s) for t in tasks if (s := self.expected(t)) is not None]
     rest = f', without {n} page(s) never timed here' if (n := len(tasks) - len(timed)) else ''
     if not timed: return 'time left unknown' if tasks else 'nothing left'
     together = sum(s if alone else s/self.jobs for alone, s in timed)
@@ -445,8 +457,7 @@ def chains(self:Runner,
     unknown:float=None, # seconds of a task that was never timed; default as many as the longest of the others
 ) -> dict:              # name -> seconds
     "How long each task takes together with the longest chain of tasks that wait for it."
-    known, needs = self.timings(), _needs(tasks)
-    seconds = {t.name: known.get(self.key(t)) for t in tasks}
+    needs, seconds = _needs(tasks), {t.name: self.expected(t) for t in tasks}
     if unknown is None: unknown = max((s for s in seconds.values() if s is not None), default=1)
     chains = dict.fromkeys(needs, 0)
     for name in reversed([*TopologicalSorter(needs).static_order()]):

@@ -479,6 +479,18 @@ def test_overlap_factors_are_split_too(tmp_path, monkeypatch):
     assert len(tasks_of(e, 'paper', tmp_path, jobs=1)) == len(tasks_of(EXPERIMENTS['cnn_cifar100'], 'cpu', tmp_path, jobs=2)) == 1
 
 
+def test_a_part_takes_as_long_as_the_same_part_of_other_runs(tmp_path, monkeypatch):
+    r = Runner(tmp_path, jobs=1, device='cpu')
+    task = lambda name: Task(name, Path('page.ipynb'), dict(profile='cpu'))
+    known = {'page.1.1': 100, 'page.1.2': 10, 'page.2.1': 140, 'page.3': 7, 'page.10': 9, 'other.1.1': 5}
+    monkeypatch.setattr(Runner, 'timings', lambda self: {self.key(task(name)): s for name, s in known.items()})
+    expected = lambda name: r.expected(task(name))
+    assert expected('page.1.1') == 100 and expected('page.3.1') == 120 and expected('page.2.2') == 10 and expected('page.4') == 8
+    assert expected('page') is expected('page.1.3') is expected('another.1.1') is None
+    assert r.forecast([task('page.3.1'), task('page.3.2')]) == 'about 02:10 left'
+    assert r.forecast([task('page.3.1'), task('page')]) == 'about 02:00 left, without 1 page(s) never timed here'
+
+
 def test_what_most_time_hangs_on_starts_first(pages, run, tmp_path, lines):
     for name, needs in dict(brief=(), lengthy=(), key=(), door=['key']).items(): pages(name, SAVE, needs=needs)
     (tmp_path/'out').mkdir()
