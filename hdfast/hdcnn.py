@@ -128,6 +128,7 @@ def _new_net(self:HDCNN, shape):
         fine = FusedHeads(spec.expert, at, list(map(len, h.clusters)), spec.batch_norm)
         return SharedTrunk(body, HDCNNHeads(h, coarse, fine)).to(memory_format=torch.channels_last)
 
+# %% ../nbs/56_hdcnn.ipynb #56ab0104
 @patch
 def fit(self:HDCNN,
     dls,                # DataLoaders over the hierarchy's classes, without augmentation

@@ -95,6 +95,7 @@ def _jobs(self:HierarchicalClassifier, dls):
     router = [Job(clusters, self.router_spec, self.seed, 'the hierarchy classifier')] if h.n_clusters > 1 else []
     return router + [job for q in range(h.n_clusters) for job in self._expert_jobs(q, dls)]
 
+# %% ../nbs/50_hierarchical.ipynb #8dc55ff9
 @patch
 def _expert_jobs(self:HierarchicalClassifier, q, dls):
     "The network of expert `q`, or all networks of the classifier that is nested there; none for a single class."
@@ -489,6 +490,7 @@ def load(cls:HierarchicalClassifier,
     by_another = f', or not for this version of hdfast (it was written by {writer}, this is {__version__})' if writer != __version__ else ''
     with _intact(file, by_another): return cls._read(about, state)
 
+# %% ../nbs/50_hierarchical.ipynb #71f9eaf1
 def _kind(cls, format):
     "The class, `cls` or one derived from it, whose folders have a format."
     if cls._format == format: return cls
