@@ -179,7 +179,7 @@ def test_a_network_with_autocast_inside_is_followed_as_if_it_had_none():
 
 
 def test_a_script_cannot_be_followed():
-    with pytest.warns(FutureWarning, match='jit'): net = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    with pytest.warns((FutureWarning, DeprecationWarning), match='jit'): net = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3)))
     with pytest.raises(ValueError, match="can't be followed.*not supported on ScriptModules"): network_memory(net, size=8)
 
 
