@@ -241,6 +241,7 @@ def load_result(
     if not isinstance(about, dict) or not {'parameters', 'provenance'} <= about.keys(): raise ValueError(foreign)
     return table, about
 
+# %% ../nbs/80_experiments.ipynb #864e58f2
 def makers(
     made:dict, # provenance
 ) -> list:     # of provenances
@@ -429,12 +430,13 @@ def _trust(dataset, how='one_cycle', name=None, **profiles):
     return Experiment(name, 'none: beyond the paper', 'trust.ipynb', dict(name=name, dataset=dataset, how=how), profiles)
 
 def _trusts(dataset):
-    "The experiments on trust on real images: the paper's hierarchy too, and what `trunk_best` and `trunk_normed` compare."
+    "The experiments on trust on real images: with the paper's hierarchy, and what `trunk_normed` compares by either recipe."
     as_trunks = lambda how, variants: dict(epochs=RECIPES[how].epochs, max_size=5, variants=variants, wished=.8)
-    all_kinds, best, normed = as_trunks('one_cycle', [_paper[0], *_normed]), as_trunks('paper', _dropped), as_trunks('one_cycle', _normed)
+    all_kinds = as_trunks('one_cycle', [_paper[0], *_normed])
     yield _trust(dataset, cpu=all_kinds | dict(runs=1, precision='bfloat16'), paper=all_kinds | dict(runs=3))
-    yield _trust(dataset, 'paper', f'trust_best_{dataset}_paper', cpu=best | dict(runs=3, precision='bfloat16'), paper=best | dict(runs=6))
-    yield _trust(dataset, name=f'trust_normed_{dataset}_one_cycle', cpu=normed | dict(runs=3, precision='bfloat16'), paper=normed | dict(runs=6))
+    for how in ('paper', 'one_cycle'):
+        normed = as_trunks(how, _normed)
+        yield _trust(dataset, how, f'trust_normed_{dataset}_{how}', cpu=normed | dict(runs=3, precision='bfloat16'), paper=normed | dict(runs=6))
 
 EXPERIMENTS |= {e.name: e for e in [
     _trust('synthetic', smoke=dict(epochs=3, runs=1, max_size=4, variants=[_paper[0], 'wide trunk', 'wide trunk, one cluster'])),

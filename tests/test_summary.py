@@ -126,7 +126,7 @@ def test_calibration_errors_of_flat_net_and_full_products(tmp_path):
 
 def test_a_flat_control_stands_beside_the_hierarchies_on_trust(tmp_path):
     row = {'temperatures': 'single', 'T router': 1.2, 'FC': 70., 'calibration error': 2.5, 'calibration error sd': .2, 'NLL': 1.2, 'accuracy': 80., 'classes, mistakes': 30., 'n': 3}
-    keep(tmp_path, 'trust_best_caltech101_paper', [row | dict(model='one cluster', routing='flat'), row | dict(model='tied', routing='product')], profile='cpu', epochs=40, runs=3)
+    keep(tmp_path, 'trust_normed_caltech101_paper', [row | dict(model='one cluster', routing='flat'), row | dict(model='tied', routing='product')], profile='cpu', epochs=40, runs=3)
     lines = of(tmp_path, 'Beyond 9').query('verdict != "not run yet"')
     assert lines.number.tolist() == ['one cluster, temperatures single', 'tied, temperatures single'] and lines.n.tolist() == [3, 3]
 
