@@ -423,7 +423,7 @@ def run_all(self:Runner,
 ) -> dict:    # name -> what the page wrote, or the exception
     "Run tasks in the order of their needs; what fails blocks only what needs it."
     names, found, running = {t.name: t for t in tasks}, {}, {}
-    order, chains = TopologicalSorter(_needs(tasks)), self.chains(tasks)
+    order = TopologicalSorter(_needs(tasks))
     order.prepare()
     left = [t for t in tasks if self.again or not finished(t, self.out, self.device)]
     if len(left) > 1: self.say(f'{len(left)} pages: {self.forecast(left)}')
@@ -431,7 +431,7 @@ def run_all(self:Runner,
     with ThreadPoolExecutor(self.jobs) as pool:
         try:
             while ready or running:
-                for t in self.startable(ready, running.values(), chains):
+                for t in self.startable(ready, running.values(), self.chains(tasks)): # what was timed meanwhile counts too
                     ready.remove(t)
                     running[pool.submit(self.run, t)] = t
                 for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -500,6 +500,20 @@ def test_what_most_time_hangs_on_starts_first(pages, run, tmp_path, lines):
     assert ended == ['key', 'lengthy', 'door', 'brief']
 
 
+def test_what_was_timed_meanwhile_counts_too(tmp_path, monkeypatch):
+    r, known, begun = Runner(tmp_path, jobs=1, device='cpu'), {}, []
+    tasks = [Task(f'page.{i}.{j}', Path('page.ipynb'), dict(profile='cpu')) for i in (1, 2) for j in (1, 2)]
+    def run(self, task):
+        begun.append(task.name)
+        known[self.key(task)] = 50 if task.name.endswith('.2') else 5
+        return {}
+    r.say = str
+    monkeypatch.setattr(Runner, 'run', run)
+    monkeypatch.setattr(Runner, 'timings', lambda self: known)
+    monkeypatch.setattr(runner, 'finished', lambda *_: False)
+    assert len(r.run_all(tasks)) == 4 and begun == ['page.1.1', 'page.1.2', 'page.2.2', 'page.2.1']
+
+
 def test_what_waits_counts_where_nothing_was_timed(pages, run, lines):
     for name, needs in dict(leaf=(), key=(), door=['key']).items(): pages(name, SAVE, needs=needs)
     run()
