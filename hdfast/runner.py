@@ -395,9 +395,9 @@ def record(self:Runner, task, seconds):
 
 # %% ../nbs/85_runner.ipynb #bce866a4
 @patch
-def expected(self:Runner, task) -> float|None:
-    "Seconds that a page will take: as many as last time, or as the same part of other runs took, in the mean; None if neither was timed."
-    known, key = self.timings(), self.key(task)
+def expected(self:Runner, task, known) -> float|None:
+    "Seconds that a page will take: as many as last time, or as the same part of other runs took, in the mean; None if neither is among the `known` times."
+    key = self.key(task)
     if key in known: return known[key]
     if not (part := re.fullmatch(r'(.*?)\.\d+((?:\.\d+)?)', key)): return None
     alike = re.compile(rf'{re.escape(part[1])}\.\d+{re.escape(part[2])}')
@@ -410,7 +410,8 @@ def forecast(self:Runner,
     tasks,   # not done yet
 ) -> str:    # such as 'about 12:30 left'
     "How long the rest takes, by the times of earlier runs."
-    timed = [(t.alone, s) for t in tasks if (s := self.expected(t)) is not None]
+    known = self.timings()
+    timed = [(t.alone, s) for t in tasks if (s := self.expected(t, known)) is not None]
     rest = f', without {n} page(s) never timed here' if (n := len(tasks) - len(timed)) else ''
     if not timed: return 'time left unknown' if tasks else 'nothing left'
     together = sum(s if alone else s/self.jobs for alone, s in timed)
@@ -457,7 +458,8 @@ def chains(self:Runner,
     unknown:float=None, # seconds of a task that was never timed; default as many as the longest of the others
 ) -> dict:              # name -> seconds
     "How long each task takes together with the longest chain of tasks that wait for it."
-    needs, seconds = _needs(tasks), {t.name: self.expected(t) for t in tasks}
+    needs, known = _needs(tasks), self.timings()
+    seconds = {t.name: self.expected(t, known) for t in tasks}
     if unknown is None: unknown = max((s for s in seconds.values() if s is not None), default=1)
     chains = dict.fromkeys(needs, 0)
     for name in reversed([*TopologicalSorter(needs).static_order()]):

@@ -484,7 +484,7 @@ def test_a_part_takes_as_long_as_the_same_part_of_other_runs(tmp_path, monkeypat
     task = lambda name: Task(name, Path('page.ipynb'), dict(profile='cpu'))
     known = {'page.1.1': 100, 'page.1.2': 10, 'page.2.1': 140, 'page.3': 7, 'page.10': 9, 'other.1.1': 5}
     monkeypatch.setattr(Runner, 'timings', lambda self: {self.key(task(name)): s for name, s in known.items()})
-    expected = lambda name: r.expected(task(name))
+    expected = lambda name: r.expected(task(name), r.timings())
     assert expected('page.1.1') == 100 and expected('page.3.1') == 120 and expected('page.2.2') == 10 and expected('page.4') == 8
     assert expected('page') is expected('page.1.3') is expected('another.1.1') is None
     assert r.forecast([task('page.3.1'), task('page.3.2')]) == 'about 02:10 left'
