@@ -414,7 +414,7 @@ def _trunks(dataset, how):
     cpu, paper = shared | dict(precision='bfloat16', flats=_cnns[:2]), shared | dict(flats=_cnns)
     yield _trunk(dataset, how, cpu=cpu | dict(runs=1, flats=_cnns, variants=_few + _balanced*(dataset == 'caltech101')), paper=paper | dict(runs=3, variants=['all']))
     yield _trunk(dataset, how, f'trunk_best_{dataset}_{how}', cpu=cpu | dict(runs=3, variants=_dropped), paper=paper | dict(runs=6, variants=_dropped))
-    yield _trunk(dataset, how, f'trunk_normed_{dataset}_{how}', cpu=cpu | dict(runs=3, variants=_repeated), paper=paper | dict(runs=6, variants=_repeated))
+    yield _trunk(dataset, how, f'trunk_normed_{dataset}_{how}', cpu=cpu | dict(runs=3, flats=_cnns, variants=_repeated), paper=paper | dict(runs=6, variants=_repeated))
     yield _trunk(dataset, how, f'trunk_adaptive_{dataset}_{how}', cpu=cpu | dict(runs=1, variants=_paper), paper=paper | dict(runs=3, variants=_paper))
     yield _trunk(dataset, how, f'trunk_hdcnn_{dataset}_{how}', cpu=cpu | dict(runs=1, variants=_dropped_hd), paper=paper | dict(runs=3, variants=_dropped_hd))
     yield _trunk(dataset, how, f'trunk_trial_{dataset}_{how}', cpu=cpu | dict(runs=1, variants=_trials), paper=paper | dict(runs=1, variants=['all']))
