@@ -302,6 +302,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'hdfast.families.fit_networks': ('families.html#fit_networks', 'hdfast/families.py'),
                                  'hdfast.families.multiplied_as': ('families.html#multiplied_as', 'hdfast/families.py'),
                                  'hdfast.families.network_key': ('families.html#network_key', 'hdfast/families.py'),
+                                 'hdfast.families.one_at_a_time': ('families.html#one_at_a_time', 'hdfast/families.py'),
                                  'hdfast.families.plain_number': ('families.html#plain_number', 'hdfast/families.py'),
                                  'hdfast.families.product_precision': ('families.html#product_precision', 'hdfast/families.py'),
                                  'hdfast.families.read_weights': ('families.html#read_weights', 'hdfast/families.py'),

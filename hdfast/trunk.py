@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 from .clustering import ClassHierarchy, check_one_level, cluster_classes
-from .families import Job, code_version, feature_dataloaders, network_key, plain_number, read_weights, save_weights, timed, train
+from .families import Job, code_version, feature_dataloaders, network_key, one_at_a_time, plain_number, read_weights, save_weights, timed, train
 from .hierarchical import HierarchicalClassifier
 from .inference import predict_in_batches
 from .learners import Normalization, Recipe, check_classes, check_network, class_counts, device_of, held_out_confusion, input_shape, probabilities
@@ -441,8 +441,10 @@ def fit(self:TrunkClassifier,
     net.to(device_of(dls))
     file = cache and Path(cache).expanduser()/f'trunk_{self._key(dls, ([net] if start is not None else []) + list(teachers), [frozen, balanced])}.safetensors'
     if not read_weights(net, file):
-        _, net.training_seconds = timed(lambda: self._train(net, dls, frozen, teachers, balanced, on_epoch))
-        if file: save_weights(net, file)
+        with one_at_a_time(file):
+            if not read_weights(net, file): # another process may have trained it meanwhile
+                _, net.training_seconds = timed(lambda: self._train(net, dls, frozen, teachers, balanced, on_epoch))
+                if file: save_weights(net, file)
     return self._use(net, shape, getattr(dls.train, 'normalize', None), device_of(dls))
 
 # %% ../nbs/55_trunk.ipynb #69a62cb9

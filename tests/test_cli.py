@@ -129,7 +129,7 @@ def test_decompose_of_a_named_set_without_clusters(tmp_path, monkeypatch, capsys
     monkeypatch.setitem(datasets.IMAGE_SETS, 'synthetic', lambda **kwargs: datasets.synthetic(2, 1, 20, **kwargs))
     assert main(['decompose', 'synthetic', '--out', tmp_path/'out', '--flat', 'MLP_10', '--expert', 'MLP_10', '--size', 16, '--epochs', 1, '--device', 'cpu']) == 0
     assert '2 classes in 1 clusters' in capsys.readouterr().out # the square root of 2; no router is trained
-    assert len(list((tmp_path/'out'/'networks').iterdir())) == 2
+    assert len(list((tmp_path/'out'/'networks').glob('*.safetensors'))) == 2
     Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path/'grey.png')
     assert predicted(capsys, tmp_path/'out', tmp_path/'grey.png')[0]['cluster'] == 0
 
@@ -452,7 +452,7 @@ def test_ctrl_c(image_folder, family, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(HierarchicalClassifier, 'fit', stop)
     line = refused(capsys, 'decompose', image_folder, '--out', tmp_path/'out', *SHORT, status=130)
     assert line == 'hdfast: stopped; the same command goes on where it stopped'
-    assert (tmp_path/'out'/'hierarchy.json').exists() and len(list((tmp_path/'out'/'networks').iterdir())) == 2
+    assert (tmp_path/'out'/'hierarchy.json').exists() and len(list((tmp_path/'out'/'networks').glob('*.safetensors'))) == 2
     monkeypatch.setattr(HierarchicalClassifier, 'load', stop)
     assert refused(capsys, 'predict', family, 'x.png', status=130) == 'hdfast: stopped'
 

@@ -1,5 +1,6 @@
 "The training engine: whatever it fuses, records or keeps, the networks are those of a Learner, one by one."
-import os, random, signal, subprocess, sys
+import os, random, signal, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from functools import wraps
@@ -340,6 +341,27 @@ def test_the_cache_keeps_how_long_training_took(dls, tmp_path):
     assert fused == again > 0 < convolutional and fused + again + convolutional < seconds
     assert [net.training_seconds for net in fit_networks(jobs, HOW['paper'], tmp_path)] == [net.training_seconds for net in nets]
     assert families.fit_network(jobs[2].dls, 'CNN_3', HOW['paper'], 2, cache=tmp_path).training_seconds == convolutional
+
+
+def twice(f):
+    "What two that call a function at the same time get."
+    with ThreadPoolExecutor(2) as pool: return [call.result(60) for call in [pool.submit(f) for _ in range(2)]]
+
+
+def test_two_that_want_the_same_networks_at_once_train_them_once(dls, tmp_path, monkeypatch):
+    trained = []
+    def slowly(f):
+        def g(*args, **kwargs):
+            trained.append(f)
+            time.sleep(.3) # until the other one has looked into the cache
+            return f(*args, **kwargs)
+        return g
+    for name in ('train', '_train_fused'): monkeypatch.setattr(families, name, slowly(getattr(families, name)))
+    assert same(*twice(lambda: fit_network(dls, 'MLP_4', HOW['paper'], cache=tmp_path))) and len(trained) == 1
+    jobs = [Job(class_view(dls, [i, i + 1]), 'MLP_7', i) for i in range(3)]
+    assert all(map(same, *twice(lambda: fit_networks(jobs, HOW['paper'], tmp_path)))) and len(trained) == 2
+    twice(lambda: fit_network(dls, 'MLP_4', HOW['paper'])) # nobody waits where nothing is kept
+    assert len(trained) == 4
 
 
 def test_another_pytorch_trains_anew(dls, monkeypatch):

@@ -1,6 +1,7 @@
 "One trunk and many heads: exactness of the fused heads, the likelihood, routing, and saving."
 from dataclasses import replace
-import json
+import json, time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -212,9 +213,22 @@ def test_frozen_features_train_the_same_heads_as_the_whole_network_would(dls, ta
 def test_cache_gives_the_same_network_and_knows_its_settings(dls, taxonomy, tmp_path):
     fit = lambda **kwargs: TrunkClassifier(taxonomy, trunk_spec(net_spec, shared=(), router=(), expert=(4,), **kwargs), how).fit(dls, tmp_path)
     first, again, other = fit(), fit(), fit(drop=.1)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob('*.safetensors'))) == 2
     assert all(torch.equal(v, again.net.state_dict()[k]) for k, v in first.net.state_dict().items())
     assert not torch.equal(first.net.body.body.conv1.weight, other.net.body.body.conv1.weight)
+
+
+def test_two_that_want_the_same_trunk_at_once_train_it_once(dls, taxonomy, tmp_path, monkeypatch):
+    trained, as_before = [], TrunkClassifier._train
+    def slowly(*args):
+        trained.append(args)
+        time.sleep(.3) # until the other one has looked into the cache
+        return as_before(*args)
+    monkeypatch.setattr(TrunkClassifier, '_train', slowly)
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(TrunkClassifier(taxonomy, spec, how).fit, dls, tmp_path) for _ in range(2)]
+        one, other = (call.result(60).net.state_dict() for call in calls)
+    assert len(trained) == 1 and all(torch.equal(v, other[k]) for k, v in one.items())
 
 
 def test_re_estimate_keeps_classes_and_trunk_and_changes_the_hierarchy_in_its_own_light(model, dls):
