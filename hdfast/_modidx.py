@@ -833,6 +833,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'hdfast.transfer.Inputs.view': ('transfer.html#inputs.view', 'hdfast/transfer.py'),
                                  'hdfast.transfer._as_conv': ('transfer.html#_as_conv', 'hdfast/transfer.py'),
                                  'hdfast.transfer._body': ('transfer.html#_body', 'hdfast/transfer.py'),
+                                 'hdfast.transfer._candidates': ('transfer.html#_candidates', 'hdfast/transfer.py'),
                                  'hdfast.transfer._check_names': ('transfer.html#_check_names', 'hdfast/transfer.py'),
                                  'hdfast.transfer._check_norm': ('transfer.html#_check_norm', 'hdfast/transfer.py'),
                                  'hdfast.transfer._check_order': ('transfer.html#_check_order', 'hdfast/transfer.py'),

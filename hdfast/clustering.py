@@ -69,6 +69,7 @@ def overlap_clusters(
 ) -> tuple:      # clusters as sorted tuples of class ids; a class may now sit in several
     "Add to each cluster the classes that are routed into it often enough (step 4 of Algorithm 1, eq. 1 repaired)."
     if not gamma > 0: raise ValueError(f"gamma must be positive, got {gamma}; for disjoint clusters leave it out (None)")
+    if not len(clusters): raise ValueError("there are no clusters to add classes to")
     C = check_confusion(C)
     wrong = [c for q in clusters for c in q if not 0 <= c < np.shape(C)[0]]
     if wrong: raise ValueError(f"the clusters hold class {wrong[0]}, and C has the classes 0 to {np.shape(C)[0] - 1}")
@@ -304,6 +305,7 @@ def hierarchy_from_groups(
     gamma:float=None, # overlap factor; None for disjoint clusters
 ) -> ClassHierarchy:
     "A `ClassHierarchy` from given groups of classes, such as a taxonomy."
+    if not len(groups): raise ValueError("there are no classes to group")
     groups = np.unique(np.asarray(groups), return_inverse=True)[1]
     classes = tuple(map(str, range(len(groups)) if classes is None else classes))
     disjoint = sorted(tuple(np.flatnonzero(groups == g).tolist()) for g in range(groups.max() + 1))
@@ -317,6 +319,7 @@ def hierarchy_from_groups(
 def _clusters_of_similar(points, C, n_clusters, gamma, classes, seed):
     "Clusters by k-means over `points` of the similarity matrix."
     C, classes = _checked(C, classes)
+    if sparse.issparse(C): raise ValueError("spectral clustering and k-means take a dense confusion matrix, not a sparse one: pass C.toarray()")
     K = len(classes)
     _check_n_clusters(n_clusters, K)
     groups = np.arange(K) % n_clusters if n_clusters in (1, K) else _groups_of_similar(points, n_clusters, C, classes, seed)

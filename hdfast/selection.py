@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from filelock import FileLock
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed, effective_n_jobs
 from joblib.externals.loky import get_reusable_executor
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
@@ -92,7 +92,7 @@ class Trial:
     images:str       # fingerprint of the image set
     classes:tuple    # names of the cluster's classes
     recipe:dict      # how the candidates were trained
-    seed:int         # of the run
+    seed:int         # of its networks, that of an expert of this cluster
     held_out:int     # number of images that the scores come from
     description:dict # from `describe`
     scores:dict      # candidate -> accuracy on the held-out slice, in [0, 1]
@@ -131,7 +131,7 @@ def _some(names): return ', '.join(map(str, names[:3])) + (' ...' if len(names) 
 def try_candidates(
     dls,                # DataLoaders over the classes of `h`
     h:ClassHierarchy,   # clusters
-    C,                  # confusion matrix of the flat network, shape (K, K)
+    C,                  # confusion matrix of the flat network, shape (K, K), dense or sparse
     candidates,         # names or specs
     recipe='paper',     # how to train
     seed:int=0,         # of the hierarchical classifier
@@ -141,7 +141,7 @@ def try_candidates(
 ) -> list:              # a `Trial` for every cluster of two classes or more
     "Train every candidate on every cluster and score it on the held-out slice (steps 2 and 3 of Algorithm 2)."
     candidates, how, C = _merge_specs([], candidates), _recipe(recipe), check_confusion(C)
-    if len(C) != h.n_classes: raise ValueError(f"a confusion of {len(C)} classes and a hierarchy of {h.n_classes} don't go together")
+    if C.shape[0] != h.n_classes: raise ValueError(f"a confusion of {C.shape[0]} classes and a hierarchy of {h.n_classes} don't go together")
     jobs = candidate_jobs(dls, h, candidates, seed)
     nets = train([j for *_, j in jobs], how, cache, bar_over(len(jobs)) if progress else None)
     found = {}
@@ -169,7 +169,7 @@ def make_trial(
     "What was found on cluster `q`."
     members, y = list(h.clusters[q]), as_view(dls.valid.dataset).targets.cpu().numpy()
     looks = {k: round(float(v), 6) for k, v in describe(C, members, class_counts(dls)).items()}
-    return Trial(_images_of(dls), [h.classes[c] for c in members], asdict(how), seed, int(np.isin(y, members).sum()),
+    return Trial(_images_of(dls), [h.classes[c] for c in members], asdict(how), seed + 1 + q, int(np.isin(y, members).sum()),
                  looks, *({name: r[i] for name, r in results.items()} for i in (0, 1)))
 
 # %% ../nbs/60_selection.ipynb #5c2ca69d
@@ -189,7 +189,7 @@ def merge_trials(
     return list(found.values())
 
 # %% ../nbs/60_selection.ipynb #26f139f5
-_format = 'hdfast.trials.1'
+_format = 'hdfast.trials.2'
 
 def read_pile(
     file, # what `pile_up` wrote
@@ -367,10 +367,11 @@ def specs_for(
 def best_specs(self:NetworkSelector,
     dls,              # DataLoaders over the images of the trials (ones that don't come from an `ImageSet` are taken for those)
     h:ClassHierarchy, # clusters
-) -> list:            # a `NetworkSpec` for each cluster; KeyError for a cluster that wasn't tried with these images, recipe and seed
+) -> list:            # a `NetworkSpec` for each cluster; KeyError for a cluster that wasn't tried in its place with these images, recipe and seed
     "The best candidate on the held-out slice for each cluster of `h`."
-    found = {t.classes: self.candidates[t.best] for t in self.trials if (t.images, t.seed) == (_images_of(dls), self.seed)}
-    return specs_for(h, found, next(iter(self.candidates.values())))
+    found = {(t.classes, t.seed): self.candidates[t.best] for t in self.trials if t.images == _images_of(dls)}
+    known = lambda q, members: found[tuple(h.classes[c] for c in members), self.seed + 1 + q]
+    return [known(q, members) if len(members) > 1 else next(iter(self.candidates.values())) for q, members in enumerate(h.clusters)]
 
 # %% ../nbs/60_selection.ipynb #1f216dea
 @patch
@@ -384,13 +385,14 @@ def save(self:NetworkSelector,
 @patch(cls_method=True)
 def load(cls:NetworkSelector,
     file,            # what `save` or `pile_up` wrote
-    candidates=None, # to choose from; by default all that the file knows
+    candidates=None, # as for `NetworkSelector`; by default all that the file knows
     **kwargs,        # to `NetworkSelector`
 ) -> NetworkSelector:
     "A selector that has learnt from all trials in `file`."
     specs, trials = read_pile(file)
-    if candidates is not None: _merge_specs(specs, candidates) # refuses another network of a known name
-    return cls(specs if candidates is None else candidates, **kwargs).learn(trials)
+    chosen = specs if candidates is None else _several(candidates)
+    _merge_specs(specs, chosen) # refuses another network of a known name
+    return cls(chosen, **kwargs).learn(trials)
 
 # %% ../nbs/60_selection.ipynb #ba756197
 def apart(trials, i) -> list:
@@ -461,7 +463,7 @@ def verdict(
     learned, frequent, random, oracle = (100*scores.accuracy[way] for way in ('learned', 'most frequent', 'random', 'oracle'))
     gap = round(learned - frequent, 2)
     held = f'{abs(gap):.2f} points {"above" if gap > 0 else "below"} the most frequent one' if gap else 'level with the most frequent one'
-    return f"On clusters that it hasn't seen the learned choice gets {learned:.2f} % right, {held}; a random choice gets {random:.2f} %, the best on each {oracle:.2f} %."
+    return f"On clusters that it hasn't seen the learned choice has {learned:.2f} % of the held-out images right, {held}; a random choice has {random:.2f} %, the best on each {oracle:.2f} %."
 
 # %% ../nbs/60_selection.ipynb #6672ca74
 def choice_rows(
@@ -504,6 +506,7 @@ def chosen_specs(
 # %% ../nbs/60_selection.ipynb #7d119c00
 def _parts(jobs, n):
     "The numbers of `jobs` dealt out to `n` parts or fewer."
+    if n < 1: raise ValueError(f"jobs can be dealt out to one part or more, not to {n}")
     return [range(i, len(jobs), n) for i in range(min(n, len(jobs)))]
 
 def _fill(jobs, which, recipe, cache, products):
@@ -532,7 +535,7 @@ def _folder(cache):
 
 # %% ../nbs/60_selection.ipynb #85b5ccd7
 def in_processes(
-    n_jobs:int=2, # processes at once
+    n_jobs:int=2, # processes at once; -1 for one on every core
     per_job:int=4 # parts that each gets; more parts, better balance, and a finer bar
 ):                # a function of (jobs, recipe, cache, progress), as `fit_networks` is
     "Train jobs in several processes of this machine."
@@ -540,7 +543,7 @@ def in_processes(
         with _folder(cache) as folder, tempfile.TemporaryDirectory() as aside:
             file = Path(aside)/'jobs.pt'
             torch.save(jobs, file, pickle_module=cloudpickle) # once, not with every part: loaders hold all images
-            parts = (delayed(_fill_from)(file, part, recipe, folder, product_precision()) for part in _parts(jobs, n_jobs*per_job))
+            parts = (delayed(_fill_from)(file, part, recipe, folder, product_precision()) for part in _parts(jobs, effective_n_jobs(n_jobs)*per_job))
             try: _report(Parallel(n_jobs, return_as='generator_unordered')(parts), len(jobs), progress)
             finally: get_reusable_executor().shutdown(wait=True) # idle processes would keep this one from ending, for minutes
             return fit_networks(jobs, recipe, folder)

@@ -180,7 +180,8 @@ def _check_norm(layer):
     if not np.allclose(_numbers(layer, 'param'), (5, 2, 1e-4, .75)):
         raise ValueError(f"layer {_text(layer, 'name')}: the normalisation has constants {_numbers(layer, 'param')}; VGG-f's are (5, 2, 0.0001, 0.75)")
 
-_pads = {2: ((0,), (0, 0, 0, 0)), 3: ((0, 1, 0, 1),)} # top, bottom, left, right: as our pools round
+_none = (0,), (0, 0, 0, 0)
+_pads = {2: _none, 3: ((0, 1, 0, 1), *_none)} # top, bottom, left, right: as our pools round; without a pad that is so for odd sides
 
 def _window(layer):
     if _text(layer, 'method') != 'max' or _one(layer, 'stride') != 2:
@@ -457,15 +458,18 @@ def assembled(
 def transfer_hierarchy(
     inputs:Inputs,
     h:ClassHierarchy, # over the classes of `inputs`, without further levels below its clusters
-    routers,          # a `Candidate`, or a list, for the hierarchy classifier
-    experts,          # a `Candidate`, or a list, for each cluster
+    routers,          # a `Candidate`, or a list, for the hierarchy classifier; a network alone is one from scratch
+    experts,          # the same, for each cluster
     how,              # how to train them: a name in `RECIPES` or a `Recipe`
     seed:int=0,
     cache=None,       # folder of networks trained before
 ) -> tuple:           # the `HierarchicalClassifier`, and the choices for hierarchy classifier and experts
     "A hierarchical classifier whose networks are chosen among candidates (section 3.5)."
     how, (routing, first, views, seeds) = recipe(how), parts_of(inputs, h, seed)
-    for some in (routers, experts): _check_names(list(map(str, listify(some)))) # before hours of training
-    router = choose_networks(inputs, routing, listify(routers), how, first, cache)
-    expert = choose_networks(inputs, views, listify(experts), how, seeds, cache)
+    routers, experts = map(_candidates, (routers, experts))
+    for some in (routers, experts): _check_names(list(map(str, some))) # before hours of training
+    router = choose_networks(inputs, routing, routers, how, first, cache)
+    expert = choose_networks(inputs, views, experts, how, seeds, cache)
     return assembled(inputs, h, router, expert, how, seed), router, expert
+
+def _candidates(some): return [c if isinstance(c, Candidate) else Candidate(c) for c in listify(some)]

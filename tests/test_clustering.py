@@ -165,6 +165,16 @@ def test_cluster_into_takes_the_max_size_that_comes_nearest(C, gamma, data):
     assert cluster_into(C, classes=names(K)) == cluster_into(C, max(1, round(K**.5)), classes=names(K))
 
 
+@pytest.mark.parametrize('method', [spectral_clusters, kmeans_clusters])
+def test_points_are_made_of_a_dense_confusion(method):
+    with pytest.raises(ValueError, match='take a dense confusion matrix, not a sparse one: pass C.toarray'): method(sparse.csr_array(C11), 3)
+
+
+def test_nothing_to_cluster_is_said_so():
+    with pytest.raises(ValueError, match='no classes to group'): hierarchy_from_groups([])
+    with pytest.raises(ValueError, match='no clusters to add classes to'): overlap_clusters(np.eye(3), [], 2)
+
+
 @pytest.mark.parametrize('n', [0, 12, -1])
 @pytest.mark.parametrize('f', [max_size_for, cluster_into, spectral_clusters, kmeans_clusters])
 def test_an_impossible_number_of_clusters_is_refused(f, n):

@@ -260,8 +260,8 @@ def test_a_failure_while_writing_leaves_the_pile_as_it_was(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize('text, message', [('{', "isn't JSON"), ('[]', "isn't a pile"), ('{"format": "else"}', "isn't a pile"),
-                                           (json.dumps(dict(format='hdfast.trials.1', candidates=[])), 'damaged'),
-                                           (json.dumps(dict(format='hdfast.trials.1', candidates=[], trials=[{'images': ''}])), 'damaged')])
+                                           (json.dumps(dict(format='hdfast.trials.2', candidates=[])), 'damaged'),
+                                           (json.dumps(dict(format='hdfast.trials.2', candidates=[], trials=[{'images': ''}])), 'damaged')])
 def test_a_file_that_is_no_pile_is_refused(tmp_path, text, message):
     (tmp_path/'p.json').write_text(text)
     with pytest.raises(ValueError, match=message): read_pile(tmp_path/'p.json')
@@ -413,7 +413,7 @@ def test_saved_and_loaded_it_chooses_alike(fitted, tmp_path):
     assert again.predict(dls, h, C9) == s.predict(dls, h, C9)
 
 
-def test_nothing_saved_is_a_pickle(fitted, tmp_path): assert json.loads(fitted[3].save(tmp_path/'s.json').read_text())['format'] == 'hdfast.trials.1'
+def test_nothing_saved_is_a_pickle(fitted, tmp_path): assert json.loads(fitted[3].save(tmp_path/'s.json').read_text())['format'] == 'hdfast.trials.2'
 
 
 def test_another_network_of_a_known_name_is_refused_on_loading(fitted, tmp_path):
@@ -453,13 +453,54 @@ def test_trials_of_another_recipe_are_left_out_with_a_warning():
 
 def test_the_best_are_of_these_images_and_this_seed_and_recipe(dls, taxonomy):
     source, quick = selection._images_of(dls), asdict(recipe(short, epochs=1))
-    def made(scores, **kwargs): return [trial([taxonomy.classes[c] for c in q], scores, **dict(images=source, recipe=asdict(short), seed=0) | kwargs) for q in taxonomy.clusters]
+    def made(scores, seed=0, **kwargs):
+        return [trial([taxonomy.classes[c] for c in members], scores, seed=seed + 1 + q, **dict(images=source, recipe=asdict(short)) | kwargs) for q, members in enumerate(taxonomy.clusters)]
     own, others = made(dict(MLP_4=.6, MLP_8=.5)), dict(MLP_4=.5, MLP_8=.6)
     with pytest.warns(UserWarning):
-        s = NetworkSelector(pair, short).learn([*own, *made(others, recipe=quick), *made(others, images='else'), *made(others, seed=1)])
+        s = NetworkSelector(pair, short).learn([*own, *made(others, recipe=quick), *made(others, images='else'), *made(others, seed=9)])
     assert [spec.name for spec in s.best_specs(dls, taxonomy)] == ['MLP_4']*3
     s.seed = 2
     with pytest.raises(KeyError): s.best_specs(dls, taxonomy)
+
+
+def test_the_same_cluster_in_another_place_is_another_trial(dls, taxonomy, monkeypatch):
+    "There its networks have another seed, and may fare otherwise."
+    swapped = replace(taxonomy, clusters=taxonomy.clusters[::-1], home=2 - np.asarray(taxonomy.home))
+    s = NetworkSelector(pair, short)
+    for h, scores in ((taxonomy, dict(MLP_4=.6, MLP_8=.5)), (swapped, dict(MLP_4=.5, MLP_8=.6))):
+        s.learn([trial([h.classes[c] for c in members], scores, images=selection._images_of(dls), recipe=asdict(short), seed=1 + q) for q, members in enumerate(h.clusters)])
+    assert [[spec.name for spec in s.best_specs(dls, h)] for h in (taxonomy, swapped)] == [['MLP_4', 'MLP_8', 'MLP_4'], ['MLP_8', 'MLP_8', 'MLP_8']] # the one in the middle stays where it is
+
+
+def test_the_seed_of_a_trial_is_that_of_its_networks(fitted):
+    dls, h, cache, s = fitted
+    assert [t.seed for t in s.trials] == [1, 2, 3]
+
+
+def test_a_sparse_confusion_gives_the_same_trials(dls, taxonomy, tmp_path):
+    dense, thin = (try_candidates(dls, taxonomy, C, pair[:1], recipe(short, epochs=1), cache=tmp_path) for C in (C9, sparse.csr_array(C9)))
+    assert dense == thin
+
+
+def test_a_pile_is_loaded_with_the_candidates_of_a_name(tmp_path):
+    pile_up(tmp_path/'p.json', MLP_CANDIDATES, [trial('ab', {s.name: .5 for s in MLP_CANDIDATES})])
+    assert list(NetworkSelector.load(tmp_path/'p.json', candidates='mlp').candidates) == [s.name for s in MLP_CANDIDATES]
+
+
+@pytest.mark.parametrize('n_jobs,parts', [(2, 6), (1, 3), (-1, 3*selection.effective_n_jobs(-1))])
+def test_as_many_processes_as_cores_where_joblib_says_so(dls, monkeypatch, n_jobs, parts):
+    seen = []
+    def deal(jobs, n):
+        seen.append(n)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(selection, '_parts', deal)
+    with pytest.raises(KeyboardInterrupt): in_processes(n_jobs, 3)([], short)
+    assert seen == [parts]
+
+
+@pytest.mark.parametrize('n', [0, -4])
+def test_jobs_need_a_part_to_be_dealt_out_to(n):
+    with pytest.raises(ValueError, match=f'one part or more, not to {n}'): selection._parts([1, 2], n)
 
 
 def test_a_selector_that_has_not_learnt_says_so(dls, taxonomy):

@@ -51,14 +51,14 @@ def conv(name, k, c, n, stride=1, pad=0, old=False, seed=0):
 def relu(i): return dict(type='relu', name=f'relu{i}')
 def norm(i, kind='normalize', param=(5, 2, 1e-4, .75)): return dict(type=kind, name=f'norm{i}', param=[list(map(float, param))])
 
-def pool(i, window=3, stride=2, method='max'):
-    return dict(type='pool', name=f'pool{i}', pool=[[window, window]], stride=[[stride, stride]], pad=[[0, 1, 0, 1]], method=method)
+def pool(i, window=3, stride=2, method='max', pad=(0, 1, 0, 1)):
+    return dict(type='pool', name=f'pool{i}', pool=[[window, window]], stride=[[stride, stride]], pad=[list(pad)], method=method)
 
 def vgg_f_layers(old=False, kind='normalize'):
     "The layers of VGG-f in their order, with the fully connected ones narrowed"
-    return [conv('conv1', 11, 3, 64, 4, old=old), relu(1), norm(1, kind), pool(1), conv('conv2', 5, 64, 256, 1, 2, old=old), relu(2), norm(2, kind), pool(2),
+    return [conv('conv1', 11, 3, 64, 4, old=old), relu(1), norm(1, kind), pool(1), conv('conv2', 5, 64, 256, 1, 2, old=old), relu(2), norm(2, kind), pool(2, pad=(0,)),
             conv('conv3', 3, 256, 256, 1, 1, old=old), relu(3), conv('conv4', 3, 256, 256, 1, 1, old=old), relu(4),
-            conv('conv5', 3, 256, 256, 1, 1, old=old), relu(5), pool(5), conv('fc6', 6, 256, 16, old=old), relu(6), conv('fc7', 1, 16, 16, old=old), relu(7),
+            conv('conv5', 3, 256, 256, 1, 1, old=old), relu(5), pool(5, pad=(0, 0, 0, 0)), conv('fc6', 6, 256, 16, old=old), relu(6), conv('fc7', 1, 16, 16, old=old), relu(7),
             conv('fc8', 1, 16, 10, old=old), dict(type='softmax', name='prob')]
 
 def mat_file(folder, layers, name='net.mat', average=(124., 117., 104.), **more):
@@ -86,20 +86,20 @@ def test_the_imported_stem_is_the_convolution_done_by_hand(tmp_path):
 
 
 def test_the_whole_imported_body_follows_matconvnets_formulas(tmp_path):
-    "ReLU, normalisation over five channels, and a pool whose last window reaches over the edge"
-    layers = [conv('conv1', 3, 3, 6, 1, 1), relu(1), norm(1), pool(1), conv('conv2', 3, 6, 4, 1, 1), relu(2), pool(2)]
+    "ReLU, normalisation over five channels, a pool whose last window reaches over the edge, and one without padding over an odd side"
+    layers = [conv('conv1', 3, 3, 6, 1, 1), relu(1), norm(1), pool(1), conv('conv2', 3, 6, 4, 1, 1), relu(2), pool(2, pad=(0,))]
     b, x = read_matconvnet(mat_file(tmp_path, layers)), 30*torch.randn(1, 3, 10, 10)
     def convolve(x, layer):
         w, bias = layer['weights'][0]
         x = np.pad(x, ((1, 1), (1, 1), (0, 0)))
         return np.stack([sum(correlate(x[..., c], w[..., c, k], 'valid') for c in range(x.shape[2])) + bias[0, k] for k in range(w.shape[3])], -1)
     def normalise(x): return x/np.stack([(2 + 1e-4*(x[..., max(c-2, 0):c+3]**2).sum(-1))**.75 for c in range(x.shape[2])], -1)
-    def max_pool(x):
-        x = np.pad(x, ((0, 1), (0, 1), (0, 0)), constant_values=-np.inf)
+    def max_pool(x, pad=1):
+        x = np.pad(x, ((0, pad), (0, pad), (0, 0)), constant_values=-np.inf)
         n = (len(x) - 3)//2 + 1
         return np.stack([[x[2*i:2*i+3, 2*j:2*j+3].max((0, 1)) for j in range(n)] for i in range(n)])
     h = max_pool(normalise(convolve(x[0].permute(1, 2, 0).numpy(), layers[0]).clip(0)))
-    h = max_pool(convolve(h, layers[4]).clip(0))
+    h = max_pool(convolve(h, layers[4]).clip(0), pad=0)
     got = b.body()(x)[0].permute(1, 2, 0).numpy()
     assert got.shape == h.shape
     np.testing.assert_allclose(got, h, rtol=1e-3, atol=1e-4)
@@ -116,6 +116,12 @@ def test_older_files_keep_the_average_image_elsewhere_and_as_three_numbers(tmp_p
     np.testing.assert_allclose(b.normalize.mean, np.array([124, 117, 104])/255)
 
 
+def test_at_224_pixels_the_pools_of_vgg_f_round_as_ours_do(tmp_path):
+    body, side = read_matconvnet(mat_file(tmp_path, vgg_f_layers())).body(), lambda n, window, stride, pad: (n + pad - window)//stride + 1
+    first, second = side(side(224, 11, 4, 0), 3, 2, 1), side(side(side(224, 11, 4, 0), 3, 2, 1), 3, 2, 0)
+    assert (first, second, side(second, 3, 2, 0)) == (27, 13, 6) and body(torch.zeros(1, 3, 224, 224)).shape[2:] == (6, 6)
+
+
 def test_layers_left_out_are_listed_with_their_shapes(tmp_path):
     assert read_matconvnet(mat_file(tmp_path, vgg_f_layers())).about['left_out'] == ['fc6 16×256×6×6', 'fc7 16×16×1×1', 'fc8 10×16×1×1']
 
@@ -128,7 +134,7 @@ def test_layers_left_out_are_listed_with_their_shapes(tmp_path):
     (3, pool(1, window=5), "window must be 2 or 3 pixels, not 5"),
     (0, conv('conv1', 11, 3, 64) | dict(pad=[[0, 1, 0, 1]]), "layer conv1: pad is"),
     (0, conv('conv1', 11, 3, 64) | dict(stride=[[4, 2]]), "layer conv1: stride is"),
-    (3, pool(1) | dict(pad=[[0, 0, 0, 0]]), r"layer pool1: pad is .*can be imported with \(0, 1, 0, 1\)"),
+    (3, pool(1, pad=(1, 0, 1, 0)), r"layer pool1: pad is .*can be imported with \(0, 1, 0, 1\) or \(0,\) or \(0, 0, 0, 0\)"),
     (3, pool(1, window=2), r"layer pool1: pad is .*can be imported with \(0,\) or \(0, 0, 0, 0\)"),
     (4, norm(2), 'layer norm2 normalises after a pool'),
     (1, pool(1), 'layer pool1 follows a convolution without a ReLU'),
@@ -342,7 +348,7 @@ def test_the_cache_knows_backbones_apart(inputs, tmp_path, dls):
     "The same head on features of two backbones is two networks"
     for seed in (0, 1):
         fit_candidates(inputs, [task(Candidate(tiny, backbone(seed=seed), frozen), inputs.images) for frozen in (False, True)], how, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.glob('*.safetensors'))) == 4
 
 
 def test_the_cost_of_an_extractor_is_its_head(source):
@@ -467,8 +473,9 @@ def test_experts_share_no_memory(inputs, source, taxonomy):
     assert len({e.body.conv1.weight.data_ptr() for e in model.experts} | {source.weights['conv1.weight'].data_ptr()}) == 4
 
 
-def test_a_single_candidate_is_the_plain_family(inputs, taxonomy):
-    model, *_ = transfer_hierarchy(inputs, taxonomy, Candidate(tiny), Candidate(tiny), how, seed=5)
+@pytest.mark.parametrize('candidate', [Candidate(tiny), tiny], ids=['candidate', 'network alone'])
+def test_a_single_candidate_is_the_plain_family(inputs, taxonomy, candidate):
+    model, *_ = transfer_hierarchy(inputs, taxonomy, candidate, [candidate], how, seed=5)
     plain = HierarchicalClassifier(taxonomy, tiny, tiny, how, seed=5).fit(inputs.images, progress=False)
     for a, b in zip((model.router, *model.experts), (plain.router, *plain.experts)):
         assert all(torch.equal(v, w) for v, w in zip(a.state_dict().values(), b.state_dict().values()))
