@@ -357,10 +357,17 @@ def _files(paths):
     for path in map(Path, paths):
         if not path.is_dir(): yield path
         else:
-            hidden = lambda f: any(map(is_hidden, f.relative_to(path).parts))
-            visible = [f for f in sorted(path.rglob('*')) if f.is_file() and not hidden(f)]
+            visible = sorted(_visible(path, is_hidden))
             if not visible: raise ValueError(f'{path} holds no images')
             yield from visible
+
+def _visible(folder, is_hidden, above=()):
+    "The files below a folder and the folders that it links to, but for hidden ones and for links back to a folder `above`."
+    above = (*above, folder.resolve())
+    for f in folder.iterdir():
+        if is_hidden(f.name): continue
+        if f.is_file(): yield f
+        elif f.is_dir() and f.resolve() not in above: yield from _visible(f, is_hidden, above)
 
 # %% ../nbs/90_cli.ipynb #fde2fb66
 def _read(file, size):
@@ -492,6 +499,8 @@ def _run(name, rest):
     try: args = vars(_parser(name).parse_args(rest))
     except SystemExit as e: return e.code or 0 # after --help
     for own in ('traceback', 'pdb', 'xtra'): args.pop(own) # the last two are fastcore's
+    for k, v in args.items():
+        if v == '' or isinstance(v, (list, tuple)) and '' in v: raise ValueError(f"{k.upper() if k in ('folder', 'images') else '--' + k} is empty; for the current folder write .")
     return COMMANDS[name](**args)
 
 # %% ../nbs/90_cli.ipynb #2372b541
@@ -527,6 +536,6 @@ def main(
     except BrokenPipeError: # as in `hdfast predict ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
-    except (ValueError, OSError, FloatingPointError) as e:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as e:
         if '--traceback' in argv or os.environ.get('HDFAST_DEBUG') == '1': traceback.print_exc()
         return _say_error(e)

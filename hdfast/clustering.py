@@ -28,7 +28,7 @@ def cut_by_size(
     max_size:int, # theta: largest number of classes in a cluster
 ) -> list:        # clusters as sorted tuples of class ids, ordered by their first class
     "Split the tree from the top down until no node has more than `max_size` classes (step 3 of Algorithm 1)."
-    if max_size < 1: raise ValueError(f"max_size must be at least 1, got {max_size}")
+    if not max_size >= 1 or max_size%1: raise ValueError(f"max_size must be a whole number, at least 1, got {max_size}")
     K = len(Z) + 1
     of = np.arange(2*K - 1)                                   # the cluster's topmost node, for every node
     for i in range(K - 2, -1, -1):
@@ -51,6 +51,7 @@ def max_size_for(
     return _max_size(_linkage(C, classes), C.shape[0], n_clusters)
 
 def _check_n_clusters(n, K):
+    if n%1: raise ValueError(f"{n} clusters: ask for a whole number of them")
     if not 1 <= n <= K: raise ValueError(f"{K} classes can't make {n} clusters: ask for 1 to {K}")
 
 def _max_size(Z, K, n_clusters):
@@ -319,7 +320,6 @@ def hierarchy_from_groups(
 def _clusters_of_similar(points, C, n_clusters, gamma, classes, seed):
     "Clusters by k-means over `points` of the similarity matrix."
     C, classes = _checked(C, classes)
-    if sparse.issparse(C): raise ValueError("spectral clustering and k-means take a dense confusion matrix, not a sparse one: pass C.toarray()")
     K = len(classes)
     _check_n_clusters(n_clusters, K)
     groups = np.arange(K) % n_clusters if n_clusters in (1, K) else _groups_of_similar(points, n_clusters, C, classes, seed)
@@ -327,6 +327,7 @@ def _clusters_of_similar(points, C, n_clusters, gamma, classes, seed):
 
 def _groups_of_similar(points, n_clusters, C, classes, seed):
     "Groups of classes by k-means over `points` of the similarity matrix, seen in the order of the names."
+    if sparse.issparse(C): raise ValueError("spectral clustering and k-means take a dense confusion matrix, not a sparse one: pass C.toarray()")
     S = 1 - distance_matrix(C)
     order = np.argsort(np.asarray(classes))
     groups = np.empty(len(S), dtype=np.int64)

@@ -10,6 +10,7 @@ __all__ = ['combine', 'HierarchicalClassifier', 'price', 'routing_scores', 'cali
 import json, os, platform, shutil, tempfile, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -20,9 +21,10 @@ from safetensors.torch import load_file, save
 from torch import nn
 from . import __version__
 from .clustering import ClassHierarchy, cluster_into
+from .confusion import check_confidences
 from .families import Job, bar_over, fit_network, fit_networks, plain_number
 from .inference import predict_in_batches
-from .learners import ImageDL, Normalization, Recipe, build_network, check_answers, check_classes, check_network, check_plain, check_scores, check_whole
+from .learners import ImageDL, Normalization, Recipe, build_network, check_answers, check_classes, check_labels, check_named, check_network, check_plain, check_scores, check_whole
 from .learners import class_view, cluster_view, device_of, held_out_confusion, input_shape, recipe
 from .networks import NetworkSpec, evaluating, n_parameters, network_spec
 
@@ -85,6 +87,8 @@ def fit(self:HierarchicalClassifier,
     progress:bool=True, # show a bar over the networks
 ) -> HierarchicalClassifier:
     "Train the hierarchy classifier on cluster labels and an expert on the classes of each cluster."
+    check_classes(dls, self.hierarchy)
+    check_labels(dls)
     jobs = self._jobs(dls)
     return self._place(iter(fit_networks(jobs, self.recipe, cache, bar_over(len(jobs)) if progress else None)), dls)
 
@@ -149,8 +153,8 @@ def _inputs(self:HierarchicalClassifier, data):
                          "pass such a loader (dls.test_dl(files))")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}: pass uint8 pixels, or floats that are normalised already")
-    if images.is_floating_point() and self.normalize and images.numel() and 0 <= images.min() and images.max() <= 1:
-        warnings.warn("all floats lie in [0, 1]: these look like pixels, but floats are taken as normalised already; pass uint8, or a loader that normalises", stacklevel=4)
+    if images.is_floating_point() and self.normalize and images.numel() and 0 <= images.min() and not 1 < images.max() < 20: # normalised ones are rarely all above 0, and hardly beyond 3
+        warnings.warn(f"all floats lie between 0 and {images.max():.3g}: these look like pixels, but floats are taken as normalised already; pass uint8, or a loader that normalises", stacklevel=4)
     prepare = self.normalize if images.dtype == torch.uint8 else torch.Tensor.float
     return len(rows_of), lambda rows: prepare(images.index_select(0, rows_of[rows]).to(self.device)), targets
 
@@ -159,11 +163,18 @@ def _raw(data):
     if isinstance(data, ImageDL):
         check_plain(data)
         return (v := data.dataset).images, v.index, None if v.targets is None else v.targets.cpu()
-    if not hasattr(data, 'dataset'): return (images := torch.as_tensor(data)), torch.arange(len(images), device=images.device), None
+    if not hasattr(data, 'dataset'): return (images := _as_images(data)), torch.arange(len(images), device=images.device), None
     batches = [b if isinstance(b, (tuple, list)) else (b,) for b in data]
     if not batches: raise ValueError("the loader has no images")
+    if isinstance(batches[0][0], (dict, str)): raise ValueError(f"the loader's batches are {type(batches[0][0]).__name__}s; tuples of images and targets are needed, or images alone")
     x, *y = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(*batches))
     return x, torch.arange(len(x), device=x.device), y[0].cpu() if y else None
+
+def _as_images(data):
+    "A tensor of an array, or of a list of images; ValueError for anything else, such as file names."
+    try: return torch.stack(list(data)) if isinstance(data, (list, tuple)) and data and isinstance(data[0], torch.Tensor) else torch.as_tensor(data)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{type(data).__name__}: these aren't images as an array (N, C, H, W), which `read_images(files, size)` makes of files, nor a loader of them ({e})") from e
 
 # %% ../nbs/50_hierarchical.ipynb #2dd05160
 @patch
@@ -204,7 +215,7 @@ def predict_proba(self:HierarchicalClassifier,
 ) -> np.ndarray:       # (N, K), rows sum to 1, in the order of the images
     "Probabilities over all classes (eq. 2)."
     n = self.hierarchy.n_clusters
-    if not 1 <= k <= n: raise ValueError(f"k={k}: there are {n} clusters to follow")
+    if not isinstance(k, Integral) or not 1 <= k <= n: raise ValueError(f"k={k!r}: there are {n} clusters to follow")
     return self._clusters_and_classes(images, k, duplicates)[1]
 
 @patch
@@ -240,6 +251,7 @@ def calibration_error(
 ) -> float:       # in [0, 1]; 0 is best
     "Expected calibration error: mean gap between confidence and accuracy."
     probs, y = np.asarray(probs), np.asarray(y)
+    check_confidences(probs, y)
     confidence, right = probs.max(1), probs.argmax(1) == y
     b = np.minimum((confidence*bins).astype(int), bins - 1)
     total = lambda v: np.bincount(b, weights=v, minlength=bins)
@@ -313,7 +325,7 @@ def _flat_probabilities(self:HierarchicalClassifier, flat, dl, take, rows):
         take = lambda r: dl.inputs(images.index_select(0, rows_of[r])).to(self.device)
     if not isinstance(flat, HierarchicalClassifier):
         check_network(flat)
-        with evaluating(flat), torch.no_grad(): check_scores(flat(take(rows[:1])), dl)
+        with evaluating(flat), torch.no_grad(): check_scores(flat(take(rows[:8])), dl)
     return _answered(self._run(flat, take, rows))
 
 # %% ../nbs/50_hierarchical.ipynb #34a645c1
@@ -426,21 +438,27 @@ def save(self:HierarchicalClassifier,
     check_replaceable(folder)
     versions = dict(hdfast=__version__, torch=torch.__version__, python=platform.python_version())
     about = dict(format=self._format, versions=versions, provenance=provenance) | self._config()
+    text = json.dumps(about, indent=1, ensure_ascii=False, default=plain_number)
+    if lost := _differences(self._state(), type(self)._from_config(json.loads(text))._state()): raise ValueError(f"what would be saved couldn't be loaded again: {lost}")
     with _aside(folder) as part:
         (part/'model.safetensors').write_bytes(save(self._state()))
-        (part/'classifier.json').write_text(json.dumps(about, indent=1, ensure_ascii=False, default=plain_number), encoding='utf-8')
+        (part/'classifier.json').write_text(text, encoding='utf-8')
     return folder
 
 # %% ../nbs/50_hierarchical.ipynb #516364fc
-def _check_state(found, expected):
-    "Raise a ValueError that names the weights in which `found` differs from `expected`."
+def _differences(found, expected):
+    "The weights in which `found` differs from `expected`, in words; empty if there are none."
     problems = [f"{k} is missing" for k in expected if k not in found]
     problems += [f"{k} isn't part of this classifier" for k in found if k not in expected]
     problems += [f"{k} has shape {tuple(found[k].shape)}, not {tuple(v.shape)}"
                  for k, v in expected.items() if k in found and found[k].shape != v.shape]
     problems += [f"{k} is {found[k].dtype}, not {v.dtype}" for k, v in expected.items() if k in found and found[k].dtype != v.dtype]
     more = f" (and {len(problems)-5} more)" if len(problems) > 5 else ''
-    if problems: raise ValueError(f"model.safetensors and classifier.json don't belong together: {'; '.join(problems[:5])}{more}")
+    return '; '.join(problems[:5]) + more
+
+def _check_state(found, expected):
+    "ValueError unless a file's weights are those that the classifier beside it has."
+    if problems := _differences(found, expected): raise ValueError(f"model.safetensors and classifier.json don't belong together: {problems}")
 
 @patch(cls_method=True)
 def _from_config(cls:HierarchicalClassifier, d):
@@ -533,6 +551,8 @@ class Decomposition:
 def _check_plan(dls, n_clusters, gamma, router, expert, names):
     "ValueError, before anything is trained, about what `decompose` couldn't do afterwards."
     if len(dls.loaders) < 2 or not len(dls.valid.dataset): raise ValueError("the DataLoaders have no held-out images (dls.valid), from which the confusion is measured")
+    check_whole(dls.valid)
+    check_labels(dls)
     HierarchicalClassifier(cluster_into(np.eye(len(names)), n_clusters, gamma, names), router, expert) # as if nothing were ever confused
     channels, *size = input_shape(dls)
     for net in (router, expert): network_spec(net).body_shape(size, channels)
@@ -550,6 +570,7 @@ def decompose(
     progress:bool=True, # show a bar over the networks
 ) -> Decomposition:
     "Train a flat network, cluster the classes by its confusion, and train the hierarchy (Algorithm 1 and section 4.1.1)."
+    check_named(dls)
     how, names = _recipe(recipe), list(map(str, dls.vocab))
     _check_plan(dls, n_clusters, gamma, router, expert, names)
     if not isinstance(flat, (str, NetworkSpec)): check_network(flat)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['torch_optimizers', 'optimizers', 'RECIPES', 'Sample', 'View', 'ImageView', 'Normalization', 'batch_sizes',
            'check_untransformed', 'ImageDL', 'ViewDataLoaders', 'crop_flip', 'DatasetView', 'as_view', 'device_of',
-           'check_plain', 'cluster_view', 'check_classes', 'class_view', 'Recipe', 'recipe', 'computed_in', 'diverged',
-           'StopOnNaN', 'SkipValidation', 'check_predictions', 'training_loader', 'build_network', 'network_learner',
-           'input_shape', 'mlp_learner', 'cnn_learner', 'cnn_tl_learner', 'is_shuffled', 'check_whole', 'check_network',
-           'probabilities', 'check_scores', 'check_answers', 'accuracy_on', 'held_out_confusion', 'class_counts']
+           'check_plain', 'cluster_view', 'check_classes', 'check_named', 'class_view', 'Recipe', 'recipe',
+           'computed_in', 'diverged', 'StopOnNaN', 'SkipValidation', 'check_predictions', 'training_loader',
+           'build_network', 'network_learner', 'input_shape', 'mlp_learner', 'cnn_learner', 'cnn_tl_learner',
+           'is_shuffled', 'check_whole', 'check_network', 'probabilities', 'check_scores', 'check_answers',
+           'accuracy_on', 'held_out_confusion', 'class_counts', 'check_labels']
 
 # %% ../nbs/40_learners.ipynb #a42bf9b7
-import random, warnings
+import os, random, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -91,10 +92,11 @@ class ImageView(View):
         empty = lambda t: None if t is None else t.new_empty(0)
         return ImageView(self.images.new_empty(0, *self.images.shape[1:]), empty(self.index), empty(self.targets), self.vocab, self.source)
     def of_items(self, items, skip=0):
+        if paths := [x for x in items if isinstance(x, (str, os.PathLike))]: raise ValueError(f"{paths[0]} is a file: these loaders take images, as `read_images(files, size)` makes them")
         items, like = [torch.as_tensor(np.asarray(x)) for x in items], self.images
         for x in items:
             if x.dtype != like.dtype or x.shape != like.shape[1:]:
-                raise ValueError(f"an item is {x.dtype} of shape {tuple(x.shape)}; these loaders take {like.dtype} of shape {tuple(like.shape[1:])}, which `decode` makes of image files")
+                raise ValueError(f"an item is {x.dtype} of shape {tuple(x.shape)}; these loaders take {like.dtype} of shape {tuple(like.shape[1:])}, which `read_images` makes of image files")
         images = torch.stack(items)
         return ImageView(images, torch.arange(len(images)), None, self.vocab)
 
@@ -205,6 +207,7 @@ def dataloaders(self:ImageSet,
     device=None,    # where the images lie and batches are made; default fastai's
 ) -> DataLoaders:   # three loaders: train (shuffled), valid (the held-out slice) and test
     "A fastai `DataLoaders` over the images in memory."
+    if not isinstance(bs, Integral) or bs < 1: raise ValueError(f"bs must be a whole number, at least 1, not {bs!r}")
     device = torch.device(device or default_device())
     normalize, pixels = Normalization(*(tuple(v.tolist()) for v in self.mean_std())), self.images.to(device)
     view = lambda index: ImageView(pixels, index.to(device), self.labels[index].to(device), self.classes, self.fingerprint())
@@ -230,6 +233,8 @@ def as_view(dataset) -> View:
     if isinstance(dataset, View): return dataset
     labels = dataset.tls[1] if hasattr(dataset, 'tls') else [o[1] for o in dataset]
     targets = torch.tensor([int(y) for y in labels], dtype=torch.long)
+    K, strange = len(dataset.vocab), [y for y in targets.tolist() if not 0 <= y < len(dataset.vocab)]
+    if strange: raise ValueError(f"{len(strange)} of {len(targets)} samples have a label outside 0 to {K - 1}, such as {strange[0]}: leave out what has no label, and count classes from 0")
     return DatasetView(dataset, torch.arange(len(targets)), targets, dataset.vocab)
 
 # %% ../nbs/40_learners.ipynb #40aa0012
@@ -272,8 +277,13 @@ def check_classes(
     h:ClassHierarchy, # that should be over the same classes, in the same order
 ):
     "ValueError that names the first difference between the classes of the data and of the hierarchy."
+    check_named(dls)
     if list(map(str, dls.vocab)) != list(h.classes):
         raise ValueError(f"the hierarchy is of other classes than the data: {_first_difference(h.classes, dls.vocab)}")
+
+def check_named(dls):
+    "ValueError for DataLoaders, or a loader, that don't tell the names of the classes."
+    if not hasattr(dls, 'vocab'): raise ValueError("the DataLoaders have no class names: give their dataset a `vocab`, a list with the name of each class")
 
 def _first_difference(a, b):
     if len(a) != len(b): return f"{len(a)} and {len(b)} classes"
@@ -314,7 +324,10 @@ class Recipe:
         for field in ('epochs', 'bs'):
             if not isinstance(n := getattr(self, field), Integral) or n < 1: raise ValueError(f"{field} must be a whole number, at least 1, not {n!r}")
             object.__setattr__(self, field, int(n))
-        for field in ('lr', 'wd'): object.__setattr__(self, field, float(getattr(self, field))) # JSON knows no numbers of NumPy
+        for field, fits, least in (('lr', self.lr > 0, 'more than 0'), ('wd', self.wd >= 0, '0 or more')):
+            value = float(getattr(self, field)) # JSON knows no numbers of NumPy
+            if not (fits and value < float('inf')): raise ValueError(f"{field} must be {least}, and finite, not {value!r}")
+            object.__setattr__(self, field, value)
 
 # %% ../nbs/40_learners.ipynb #4b5eb1e5
 torch_optimizers = {'sgd': partial(torch.optim.SGD, momentum=.9, foreach=True),
@@ -330,6 +343,7 @@ def recipe(
     **changes,       # fields to change, such as epochs=5
 ) -> Recipe:         # ValueError that lists the names if there's none of that name
     "The named recipe, with changes."
+    if not isinstance(name, (str, Recipe)): raise ValueError(f"a recipe is one of {', '.join(RECIPES)}, or a Recipe, not {name!r}")
     if isinstance(name, str) and name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
     return replace(RECIPES[name] if isinstance(name, str) else name, **changes)
@@ -446,7 +460,7 @@ def network_learner(
 ) -> Learner:
     "A fastai Learner of the network `spec` for the classes and the image size of `dls`."
     net = build_network(spec, len(dls.vocab), input_shape(dls), seed).to(device_of(dls))
-    return Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=metrics, **kwargs)
+    return Learner(dls, net, **{'loss_func': CrossEntropyLossFlat(), 'metrics': metrics, **kwargs})
 
 def input_shape(
     dls,    # DataLoaders over images, or over features
@@ -496,7 +510,7 @@ def check_whole(dl):
     "ValueError for a loader that is shuffled, or leaves out its last samples: its answers couldn't be told apart."
     if is_shuffled(dl): raise ValueError("the loader is shuffled, so the answers would come in no known order: use dls.valid or dls[2], or with fastai's DataLoaders dls.test_dl(items, with_labels=True)")
     for o in (dl, getattr(dl, 'batch_sampler', None)):
-        n, bs = len(dl.dataset) if hasattr(dl, 'dataset') else 0, getattr(o, 'bs', None) or getattr(o, 'batch_size', None)
+        n, bs = len(dl.dataset) if hasattr(getattr(dl, 'dataset', None), '__len__') else 0, getattr(o, 'bs', None) or getattr(o, 'batch_size', None)
         if getattr(o, 'drop_last', False) and bs and n % bs: raise ValueError(f"the loader leaves out the last {n % bs} of {n} samples: make it with drop_last=False, such as dls.train.new(shuffle=False, drop_last=False)")
 
 def check_network(net):
@@ -520,11 +534,15 @@ def probabilities(
     return check_answers(probs), y
 
 def check_scores(scores, dl):
-    "The outputs of a flat network for a batch of `dl`; ValueError unless they are a number for each class."
+    "The outputs of a flat network for a batch of `dl`, in float32; ValueError unless they are a score for each class, before any softmax."
     K = len(dl.vocab) if hasattr(dl, 'vocab') else None
     if not isinstance(scores, torch.Tensor) or scores.ndim != 2 or scores.shape[1] != (K or scores.shape[1]):
         given = f'a {type(scores).__name__}' if not isinstance(scores, torch.Tensor) else f'outputs of shape {tuple(scores.shape)}'
         raise ValueError(f"the network gives {given}; a number for each {f'of {K} classes' if K else 'class'} is needed, (N, {K or 'K'})")
+    if not scores.is_floating_point(): raise ValueError(f"the network gives whole numbers ({scores.dtype}); scores of the classes (logits) are needed")
+    scores = scores.float()
+    if len(scores) > 3 and scores.shape[1] > 1 and (scores >= 0).all() and (scores.sum(1) - 1).abs().max() < 1e-3: # no chance
+        raise ValueError("the network gives probabilities, as after a softmax: pass it without that layer, as scores (logits) are needed")
     return scores
 
 def check_answers(p):
@@ -548,6 +566,7 @@ def held_out_confusion(
     dls,           # DataLoaders over K classes, whose `valid` is the held-out slice
 ) -> np.ndarray:   # (K, K), rows sum to 1; ValueError if nothing is held out, a warning that names classes of which nothing is
     "Soft confusion of `net` on the held-out slice."
+    check_named(dls)
     if not len(dls.valid.dataset): raise ValueError("dls.valid has no images: the confusion is measured on a held-out slice")
     probs, y = probabilities(net, dls.valid)
     if unseen := [str(c) for k, c in enumerate(dls.vocab) if k not in y]:
@@ -558,4 +577,17 @@ def class_counts(
     dls,          # DataLoaders over K classes
 ) -> np.ndarray:  # (K,)
     "Number of training images of each class."
+    check_named(dls)
     return np.bincount(as_view(dls.train.dataset).targets.cpu().numpy(), minlength=len(dls.vocab))
+
+def check_labels(
+    dls, # DataLoaders, before anything is trained on them
+):
+    "ValueError unless there is one class for each image; a warning that names classes without a training image."
+    for dl in (dls.train, dls.valid):
+        if isinstance(dl.dataset, ImageView) or not len(dl.dataset): continue
+        with no_random(reproducible=False): *_, y = dl.new(bs=1, drop_last=False).one_batch()
+        if y.ndim != 1 or y.is_floating_point(): raise ValueError(f"an image's label is {y.dtype} of shape {tuple(y.shape[1:])}; one class id for each is needed")
+    if not (isinstance(dls.train.dataset, View) or hasattr(dls.train.dataset, 'tls')): return # labels are to be had with the images only
+    if unseen := [str(c) for c, n in zip(dls.vocab, class_counts(dls)) if not n]:
+        warnings.warn(f"no training image of {', '.join(unseen[:5])}{' ...'*(len(unseen) > 5)}: no network will ever name such a class", stacklevel=3)

@@ -27,7 +27,7 @@ from .clustering import ClassHierarchy, check_one_level, cluster_classes
 from .families import Job, code_version, feature_dataloaders, network_key, one_at_a_time, plain_number, read_weights, save_weights, timed, train
 from .hierarchical import HierarchicalClassifier
 from .inference import predict_in_batches
-from .learners import Normalization, Recipe, check_classes, check_network, class_counts, device_of, held_out_confusion, input_shape, probabilities
+from .learners import Normalization, Recipe, check_classes, check_labels, check_network, check_scores, class_counts, device_of, held_out_confusion, input_shape, probabilities
 from .networks import Conv, NetworkSpec, Stage, _max_pool, evaluating, n_parameters, network, network_spec, seeded
 
 # %% ../nbs/55_trunk.ipynb #0f3761fb
@@ -429,8 +429,10 @@ def fit(self:TrunkClassifier,
 ) -> TrunkClassifier:
     "Train trunk and heads by the negative log-likelihood of eq. (2)."
     check_classes(dls, self.hierarchy)
+    check_labels(dls)
     teachers = [teachers] if isinstance(teachers, nn.Module) else list(teachers)
-    for t in teachers: check_network(t)
+    for t in teachers: _check_teacher(t, dls)
+    if not hasattr(start, 'body') and start is not None: raise ValueError(f"start is a {type(start).__name__} without a `body`: give a network of hdfast, or what `TrunkClassifier.net` is")
     if frozen and start is None: raise ValueError("a frozen trunk learns nothing, so it must have learned before: give start, a trained network")
     if frozen and (len(teachers) or balanced): raise ValueError("on a frozen trunk the heads learn from the labels alone: leave teachers and balanced out")
     shape = input_shape(dls)
@@ -446,6 +448,13 @@ def fit(self:TrunkClassifier,
                 _, net.training_seconds = timed(lambda: self._train(net, dls, frozen, teachers, balanced, on_epoch))
                 if file: save_weights(net, file)
     return self._use(net, shape, getattr(dls.train, 'normalize', None), device_of(dls))
+
+@torch.no_grad()
+def _check_teacher(net, dls):
+    "ValueError unless a network scores the classes of `dls`."
+    check_network(net)
+    x = dls.valid.one_batch()[0][:8]
+    with evaluating(net): check_scores(net(x), dls.valid)
 
 # %% ../nbs/55_trunk.ipynb #69a62cb9
 @patch

@@ -20,7 +20,7 @@ from scipy.cluster.hierarchy import cophenet
 from scipy.optimize import minimize_scalar
 from scipy.spatial.distance import squareform
 from .clustering import ClassHierarchy, palette
-from .confusion import _check_probs
+from .confusion import _check_probs, check_confidences
 from .hierarchical import HierarchicalClassifier, _kind, calibration_error, combine
 from .learners import check_classes
 
@@ -46,7 +46,9 @@ def negative_log_likelihood(
     y,     # (N,) true classes
 ) -> float: # in nats; 0 is best
     "Mean negative log-likelihood of the true classes."
-    return _mean_nll(np.asarray(probs)[np.arange(len(y)), y])
+    probs, y = np.asarray(probs), np.asarray(y)
+    check_confidences(probs, y)
+    return _mean_nll(probs[np.arange(len(y)), y])
 
 # %% ../nbs/57_trust.ipynb #57a0000f
 def _lowest(loss):
@@ -60,9 +62,9 @@ def fit_temperature(
 ) -> float: # T
     "The temperature at which the true classes are most likely."
     p, y = np.asarray(probs, dtype=np.float64), np.asarray(y)
-    if len(p) != len(y) or not len(y): raise ValueError(f"{len(p)} rows of probabilities for {len(y)} classes: give a class for each image, at least one")
+    check_confidences(p, y)
     _check_probs(p, len(y), p.shape[-1])
-    return _lowest(lambda t: negative_log_likelihood(temper(p, t), y))
+    return _lowest(lambda t: _mean_nll(temper(p, t)[np.arange(len(y)), y]))
 
 # %% ../nbs/57_trust.ipynb #57a00014
 def reliability(
@@ -72,6 +74,7 @@ def reliability(
 ) -> pd.DataFrame: # a row for each bin with an image in it; columns confidence, accuracy, share
     "Mean confidence and accuracy in bins of confidence, and the share of images in each."
     probs, y = np.asarray(probs), np.asarray(y)
+    check_confidences(probs, y)
     confidence, right = probs.max(1), probs.argmax(1) == y
     b = np.minimum((confidence*bins).astype(int), bins - 1)
     table = pd.DataFrame({'bin': b, 'confidence': confidence, 'accuracy': right}).groupby('bin').mean()
@@ -284,6 +287,7 @@ def stop_curve(
 ) -> pd.DataFrame:    # a row for each threshold, from no class to all classes
     "Coverage, accuracy and information of answers that stop at the cluster."
     P, p, y = np.asarray(P), np.asarray(p), np.asarray(y)
+    check_confidences(P, y)
     confidence, cluster = P.max(1), p.argmax(1)
     right, held = P.argmax(1) == y, h.holds[cluster, y]
     worth = 1 - np.log([len(q) for q in h.clusters])[cluster]/np.log(max(2, h.n_classes))
@@ -293,6 +297,7 @@ def stop_curve(
 # %% ../nbs/57_trust.ipynb #57a00049
 def _by_confidence(probs, y):
     "Confidences from high to low, and for each coverage k/N the number of right answers among the k surest."
+    check_confidences(probs, y)
     confidence, right = probs.max(1), probs.argmax(1) == y
     values, of = np.unique(-confidence, return_inverse=True)
     mixed = (np.bincount(of, weights=right)/np.bincount(of))[of]

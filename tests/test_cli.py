@@ -564,3 +564,26 @@ def test_a_benchmark_that_fails_leaves_the_others_in_the_table(timed, tmp_path, 
 def test_the_confusion_that_was_written_is_one(family):
     C = pd.read_csv(family/'confusion.csv', index_col=0)
     assert cluster_into(C.values, 3, classes=C.columns).n_classes == len(C)
+
+
+@pytest.mark.parametrize('args,what', [(['decompose', '', '--out', 'x'], 'FOLDER'), (['decompose', 'synthetic', '--out', ''], '--out'), (['predict', ''], 'FOLDER'), (['predict', 'x', ''], 'IMAGES')])
+def test_an_empty_path_is_not_the_current_folder(capsys, tmp_path, monkeypatch, args, what):
+    monkeypatch.chdir(tmp_path)
+    assert main(args if args[0] == 'predict' and len(args) > 2 else [*args, *(['a.png'] if args[0] == 'predict' else [])]) == 2
+    assert f'{what} is empty; for the current folder write .' in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_files_in_linked_folders_are_found_once_even_if_a_link_leads_back(tmp_path):
+    from hdfast.cli import _files
+    (tmp_path/'elsewhere'/'deep').mkdir(parents=True)
+    (tmp_path/'mix'/'.hidden').mkdir(parents=True)
+    for f in ('elsewhere/deep/a.png', 'mix/b.png', 'mix/.hidden/c.png'): (tmp_path/f).touch()
+    (tmp_path/'mix'/'cat').symlink_to(tmp_path/'elsewhere')
+    (tmp_path/'elsewhere'/'back').symlink_to(tmp_path/'mix')
+    assert [*_files([tmp_path/'mix'])] == [tmp_path/'mix'/'b.png', tmp_path/'mix'/'cat'/'deep'/'a.png']
+
+
+def test_too_little_memory_is_one_line(capsys, monkeypatch):
+    def full(*args, **kwargs): raise MemoryError('Unable to allocate 306 TiB')
+    monkeypatch.setattr(datasets, 'image_set', full)
+    assert main(['decompose', 'synthetic', '--out', 'x']) == 2 and capsys.readouterr().err == 'hdfast: Unable to allocate 306 TiB\n'

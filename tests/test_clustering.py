@@ -170,6 +170,11 @@ def test_points_are_made_of_a_dense_confusion(method):
     with pytest.raises(ValueError, match='take a dense confusion matrix, not a sparse one: pass C.toarray'): method(sparse.csr_array(C11), 3)
 
 
+def test_a_fraction_of_a_class_or_cluster_is_refused():
+    for f in (lambda: cluster_classes(C11, 2.5), lambda: cluster_classes(C11, float('nan')), lambda: cluster_into(C11, 2.5), lambda: kmeans_clusters(C11, 2.5)):
+        with pytest.raises(ValueError, match='whole number'): f()
+
+
 def test_nothing_to_cluster_is_said_so():
     with pytest.raises(ValueError, match='no classes to group'): hierarchy_from_groups([])
     with pytest.raises(ValueError, match='no clusters to add classes to'): overlap_clusters(np.eye(3), [], 2)

@@ -470,6 +470,13 @@ def test_class_that_loses_all_images_is_named(tmp_path):
     with pytest.warns(UserWarning), pytest.raises(ValueError, match='class dog'): image_folder(root, 16, skip_corrupt=True)
 
 
+def test_classes_to_take_are_a_list_of_names_or_numbers(tmp_path):
+    root = write_folder(tmp_path/'numbers', ['0', '1', '10'], 5)
+    assert image_folder(root, 16, classes=[1, 10]).classes == ('1', '10') and image_folder(root, 16, classes={'0', '1'}).classes == ('0', '1')
+    for wrong in ('10', [], ()):
+        with pytest.raises(ValueError, match='classes are a list with the names of those to take'): image_folder(root, 16, classes=wrong)
+
+
 def test_folders_that_are_refused(tmp_path):
     root = write_folder(tmp_path/'pets', ['cat', 'dog'])
     with pytest.raises(FileNotFoundError, match='no folder .*nowhere'): image_folder(tmp_path/'nowhere')

@@ -803,8 +803,9 @@ def test_a_seed_of_numpy_is_saved_as_a_number(taxonomy, dls, tmp_path):
     assert HierarchicalClassifier.load(m.save(tmp_path/'m')).seed == 3
 
 
-def test_floats_that_look_like_pixels_are_warned_of(classifier, test_images):
-    with pytest.warns(UserWarning, match='look like pixels'): classifier.predict(test_images/255)
+@pytest.mark.parametrize('scale', [1, 255], ids=['0 to 255', '0 to 1'])
+def test_floats_that_look_like_pixels_are_warned_of(classifier, test_images, scale):
+    with pytest.warns(UserWarning, match='look like pixels'): classifier.predict(test_images/scale)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         classifier.predict(classifier.normalize(test_images))
@@ -818,3 +819,92 @@ def test_scores_take_tensors(classifier, dls):
 
 def test_an_untrained_classifier_has_no_networks(taxonomy):
     with pytest.raises(ValueError, match="isn't trained yet"): HierarchicalClassifier(taxonomy, 'MLP_4', 'MLP_4').networks
+
+
+# what a practitioner may hand over by mistake
+
+@pytest.mark.parametrize('wrong', ['photo.jpg', [Path('a.png')], {'x': 1}, SimpleNamespace()], ids=['name', 'paths', 'dict', 'something'])
+def test_what_is_no_image_is_told_from_images(classifier, wrong):
+    with pytest.raises(ValueError, match='read_images'): classifier.predict(wrong)
+
+
+def test_a_list_of_images_is_as_good_as_an_array(classifier, test_images):
+    whole = classifier.predict_proba(test_images[:5])
+    for some in (list(test_images[:5]), tuple(test_images[:5]), test_images[:5].numpy(), list(test_images[:5].numpy())):
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='Creating a tensor from a list')
+            assert np.array_equal(classifier.predict_proba(some), whole)
+
+
+def test_batches_of_dicts_are_refused(classifier, test_images):
+    loader = torch.utils.data.DataLoader([{'image': x} for x in test_images[:4]], batch_size=2)
+    with pytest.raises(ValueError, match="batches are dicts; tuples"): classifier.predict(loader)
+
+
+@pytest.mark.parametrize('k', [2., 'all', None, 0, 99])
+def test_clusters_to_follow_are_a_whole_number(classifier, test_images, k):
+    with pytest.raises(ValueError, match='clusters to follow'): classifier.predict(test_images[:2], k=k)
+
+
+def _with_labels(images, change, **kwargs):
+    "Plain loaders of the images, whose labels `change` has altered."
+    from fastai.vision.all import DataLoaders
+    normalised = (images.images/255 - .5)/.25
+    class Some(list): vocab = images.classes
+    part = lambda rows: Some((normalised[i], change(int(images.labels[i]))) for i in rows.tolist())
+    return DataLoaders.from_dsets(part(images.train), part(images.held_out), bs=16, **kwargs)
+
+
+@pytest.mark.parametrize('change,message', [(lambda y: torch.tensor(-1 if y == 8 else y), r'have a label outside 0 to 8, such as -1'), (lambda y: torch.tensor(y + 1), 'such as 9'),
+                                            (lambda y: torch.eye(9)[y], 'one class id for each is needed'), (lambda y: torch.tensor(y/2), 'one class id for each is needed')],
+                         ids=['without a label', 'from 1', 'one-hot', 'fractions'])
+def test_labels_that_are_no_classes_are_refused_before_training(images, taxonomy, monkeypatch, change, message):
+    monkeypatch.setattr(families, 'train', lambda *args, **kwargs: pytest.fail('trained'))
+    with pytest.raises(ValueError, match=message): HierarchicalClassifier(taxonomy, 'MLP_4', 'MLP_4', one_epoch).fit(_with_labels(images, change), progress=False)
+    if 'one class id' not in message: return # the loss of the flat network refuses these
+    with pytest.raises(ValueError, match=message): decompose(_with_labels(images, change), 3, flat='MLP_4', router='MLP_4', expert='MLP_4', recipe=one_epoch)
+
+
+def test_held_out_images_that_could_not_be_told_apart_are_refused_before_training(images, monkeypatch):
+    monkeypatch.setattr(hierarchical, 'fit_network', lambda *args, **kwargs: pytest.fail('trained'))
+    with pytest.raises(ValueError, match='leaves out the last'): decompose(_with_labels(images, torch.tensor, drop_last=True), flat='MLP_4', router='MLP_4', expert='MLP_4')
+
+
+def test_loaders_without_class_names_are_refused(images, taxonomy):
+    from fastai.vision.all import DataLoaders
+    plain = [(images.images[i].float(), int(images.labels[i])) for i in images.train.tolist()]
+    dls = DataLoaders.from_dsets(plain, plain, bs=16)
+    for f in (lambda: decompose(dls), lambda: HierarchicalClassifier(taxonomy, 'MLP_4', 'MLP_4', one_epoch).fit(dls)):
+        with pytest.raises(ValueError, match='no class names: give their dataset a `vocab`'): f()
+
+
+def test_a_class_without_a_training_image_is_named(dls, taxonomy):
+    view = dls.train.dataset
+    rest = view.targets != 4
+    dls.loaders[0] = dls.train.new(view.select(view.index[rest], view.targets[rest], view.vocab))
+    with pytest.warns(UserWarning, match=f'no training image of {taxonomy.classes[4]}: no network will ever name'): HierarchicalClassifier(taxonomy, 'MLP_4', 'MLP_4', one_epoch).fit(dls, progress=False)
+
+
+def test_what_could_not_be_loaded_again_is_not_saved_over_what_can(classifier, tmp_path):
+    from copy import deepcopy
+    classifier.save(tmp_path/'m')
+    before = (tmp_path/'m'/'model.safetensors').read_bytes()
+    half = deepcopy(classifier)
+    for net in half.networks: net.half()
+    other = deepcopy(classifier)
+    other.experts[0] = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 3))
+    for broken, message in ((half, 'is torch.float16, not torch.float32'), (other, 'is missing')):
+        with pytest.raises(ValueError, match=f"couldn't be loaded again: .*{message}"): broken.save(tmp_path/'m')
+    assert (tmp_path/'m'/'model.safetensors').read_bytes() == before
+
+
+def test_a_flat_network_gives_scores_and_not_probabilities(images, dls, classifier):
+    from hdfast.learners import held_out_confusion
+    net = fit_network(dls, 'MLP_8', one_epoch)
+    for last in (torch.nn.Softmax(1), torch.nn.Sequential(torch.nn.Softmax(1), torch.nn.ReLU())):
+        with pytest.raises(ValueError, match='gives probabilities, as after a softmax'): held_out_confusion(torch.nn.Sequential(net, last), dls)
+        with pytest.raises(ValueError, match='gives probabilities, as after a softmax'): classifier.evaluate(dls[2], torch.nn.Sequential(net, last))
+    np.testing.assert_allclose(held_out_confusion(torch.nn.Sequential(net, torch.nn.LogSoftmax(1)), dls), held_out_confusion(net, dls), atol=1e-6) # its exponentials are the same probabilities
+    class Halves(torch.nn.Module):
+        def forward(self, x): return net(x).bfloat16()
+    np.testing.assert_allclose(held_out_confusion(Halves(), dls), held_out_confusion(net, dls), atol=.02)

@@ -349,7 +349,7 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_the_network(dls):
 
 def test_a_network_that_diverged_is_not_cached(dls, tmp_path):
     with pytest.raises(FloatingPointError): fit_network(dls, 'MLP_8', recipe('paper', epochs=9, lr=1e9), cache=tmp_path)
-    assert not list(tmp_path.rglob('*'))
+    assert not list(tmp_path.rglob('*.safetensors'))
 
 
 def test_a_network_that_diverges_in_its_last_step_is_an_error_too(dls):
@@ -809,3 +809,34 @@ def test_an_empty_loader_is_refused(dls):
 
 
 def test_a_learning_rate_of_numpy_is_a_number(dls): assert recipe('paper', lr=np.float32(.5)) == recipe('paper', lr=.5)
+
+
+@pytest.mark.parametrize('field,value', [('lr', -.01), ('lr', 0), ('lr', float('nan')), ('lr', float('inf')), ('wd', -1), ('wd', float('nan'))])
+def test_a_rate_that_trains_nothing_or_uphill_is_refused(field, value):
+    with pytest.raises(ValueError, match=f'{field} must be'): recipe('paper', **{field: value})
+
+
+@pytest.mark.parametrize('wrong', [None, 3, dict(lr=1)])
+def test_a_recipe_is_a_name_or_a_recipe(wrong):
+    with pytest.raises(ValueError, match='a recipe is one of paper, one_cycle, or a Recipe'): recipe(wrong)
+
+
+@pytest.mark.parametrize('bs', [0, -5, 2.5])
+def test_a_batch_has_at_least_one_image(images, bs):
+    with pytest.raises(ValueError, match='bs must be a whole number, at least 1'): images.dataloaders(bs=bs, device='cpu')
+
+
+def test_a_learner_takes_another_loss(dls):
+    loss = nn.CrossEntropyLoss(label_smoothing=.1)
+    assert learners.mlp_learner(dls, 8, loss_func=loss).loss_func is loss
+
+
+def test_files_are_told_from_images(dls):
+    for some in (['a.png'], [Path('a.png')]):
+        with pytest.raises(ValueError, match=r'a.png is a file: these loaders take images, as `read_images\(files, size\)` makes'): dls.test_dl(some)
+
+
+def test_a_loader_of_unknown_length_is_not_asked_for_it(dls):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter([])
+    learners.check_whole(DataLoader(Stream(), batch_size=2))

@@ -231,6 +231,15 @@ def test_two_that_want_the_same_trunk_at_once_train_it_once(dls, taxonomy, tmp_p
     assert len(trained) == 1 and all(torch.equal(v, other[k]) for k, v in one.items())
 
 
+@pytest.mark.parametrize('last,message', [(nn.Linear(768, 1), r'shape \(8, 1\)'), (nn.Linear(768, 10), r'shape \(8, 10\)'), (nn.Sequential(nn.Linear(768, 9), nn.Softmax(1)), 'gives probabilities')])
+def test_a_teacher_scores_these_classes(dls, taxonomy, last, message):
+    with pytest.raises(ValueError, match=message): TrunkClassifier(taxonomy, spec, how).fit(dls, teachers=nn.Sequential(nn.Flatten(), last))
+
+
+def test_a_start_has_convolutions(dls, taxonomy):
+    with pytest.raises(ValueError, match='start is a Linear without a `body`'): TrunkClassifier(taxonomy, spec, how).fit(dls, start=nn.Linear(3, 2))
+
+
 def test_re_estimate_keeps_classes_and_trunk_and_changes_the_hierarchy_in_its_own_light(model, dls):
     refined = re_estimate(TrunkClassifier(model.hierarchy, spec, how).fit(dls), dls)
     assert refined.hierarchy.classes == model.hierarchy.classes and refined.hierarchy.max_size == model.hierarchy.max_size

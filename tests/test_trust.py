@@ -91,9 +91,20 @@ def test_nothing_wrong_and_nothing_right_end_at_the_ends_of_the_range():
     assert fit_temperature([[.6, .4]]*5, [1]*5) == pytest.approx(20, rel=1e-2)
 
 
+scored = pytest.mark.parametrize('score', [calibration_error, negative_log_likelihood, reliability, coverage_area, fit_temperature, lambda P, y: threshold_for(P, y, .5),
+                                           lambda P, y: stop_curve(P, P, y, hierarchy_from_groups([0, 1]))],
+                                 ids=['calibration_error', 'negative_log_likelihood', 'reliability', 'coverage_area', 'fit_temperature', 'threshold_for', 'stop_curve'])
+
+@scored
+@pytest.mark.parametrize('P,y,message', [([[3., -1.], [2., 0.]], [0, 1], 'these look like logits'), ([[3., 1.], [2., 0.]], [0, 1], 'these look like logits'), ([[np.nan, 1.], [0., 1.]], [0, 1], 'NaN or infinite'),
+                                         ([[.5, .5]]*2, [0], '1 classes for confidences'), ([[.5, .5]]*2, [0, -1], 'targets run from -1'), ([[.5, .5]]*2, [0, 2], 'to 2')])
+def test_what_is_scored_are_confidences_with_a_class_each(score, P, y, message):
+    with pytest.raises(ValueError, match=message): score(np.array(P), np.array(y))
+
+
 def test_fit_needs_a_class_for_each_image():
-    with pytest.raises(ValueError, match='0 rows'): fit_temperature(np.zeros((0, 2)), [])
-    with pytest.raises(ValueError, match='2 rows of probabilities for 1 classes'): fit_temperature([[.5, .5]]*2, [0])
+    with pytest.raises(ValueError, match='0 classes for confidences'): fit_temperature(np.zeros((0, 2)), [])
+    with pytest.raises(ValueError, match=r'1 classes for confidences of shape \(2, 2\)'): fit_temperature([[.5, .5]]*2, [0])
 
 
 def test_likelihood_by_hand_and_its_floor():
