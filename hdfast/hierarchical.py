@@ -388,6 +388,42 @@ def _state(self:HierarchicalClassifier, prefix=''):
         elif net is not None: state |= {f'{prefix}{name}.{k}': v.cpu().contiguous() for k, v in net.state_dict().items()}
     return state
 
+# %% ../nbs/50_hierarchical.ipynb #516364fc
+def _differences(found, expected):
+    "The weights in which `found` differs from `expected`, in words; empty if there are none."
+    problems = [f"{k} is missing" for k in expected if k not in found]
+    problems += [f"{k} isn't part of this classifier" for k in found if k not in expected]
+    problems += [f"{k} has shape {tuple(found[k].shape)}, not {tuple(v.shape)}"
+                 for k, v in expected.items() if k in found and found[k].shape != v.shape]
+    problems += [f"{k} is {found[k].dtype}, not {v.dtype}" for k, v in expected.items() if k in found and found[k].dtype != v.dtype]
+    more = f" (and {len(problems)-5} more)" if len(problems) > 5 else ''
+    return '; '.join(problems[:5]) + more
+
+def _check_state(found, expected):
+    "ValueError unless a file's weights are those that the classifier beside it has."
+    if problems := _differences(found, expected): raise ValueError(f"model.safetensors and classifier.json don't belong together: {problems}")
+
+@patch(cls_method=True)
+def _from_config(cls:HierarchicalClassifier, d):
+    "A classifier with untrained networks from what `_config` gave."
+    spec, h = NetworkSpec.from_dict, ClassHierarchy.from_json(json.dumps(d['hierarchy']))
+    self = cls(h, spec(d['router']), [spec(s) for s in d['experts']], Recipe(**d['recipe']), d['seed'])
+    stats = d['normalize']
+    self.shape, self.normalize = tuple(d['shape']), stats and Normalization(tuple(stats['mean']), tuple(stats['std']))
+    build = lambda spec, n: build_network(spec, n, self.shape, seed=0).eval() if n > 1 else None
+    self.router = build(self.router_spec, h.n_clusters)
+    self.experts = [cls._from_config(child) if child else build(s, len(q))
+                    for child, s, q in zip(d['children'], self.expert_specs, h.clusters)]
+    return self
+
+@patch
+def _load_state(self:HierarchicalClassifier, state, prefix=''):
+    "Copy weights by name into the networks."
+    for name, net in [('router', self.router), *((f'expert_{q}', e) for q, e in enumerate(self.experts))]:
+        at = f'{prefix}{name}.'
+        if isinstance(net, HierarchicalClassifier): net._load_state(state, at)
+        elif net is not None: net.load_state_dict({k.removeprefix(at): v for k, v in state.items() if k.startswith(at)})
+
 # %% ../nbs/50_hierarchical.ipynb #4b1b3fc0
 def _kinds(cls): return [cls, *(kind for below in cls.__subclasses__() for kind in _kinds(below))]
 
@@ -444,42 +480,6 @@ def save(self:HierarchicalClassifier,
         (part/'model.safetensors').write_bytes(save(self._state()))
         (part/'classifier.json').write_text(text, encoding='utf-8')
     return folder
-
-# %% ../nbs/50_hierarchical.ipynb #516364fc
-def _differences(found, expected):
-    "The weights in which `found` differs from `expected`, in words; empty if there are none."
-    problems = [f"{k} is missing" for k in expected if k not in found]
-    problems += [f"{k} isn't part of this classifier" for k in found if k not in expected]
-    problems += [f"{k} has shape {tuple(found[k].shape)}, not {tuple(v.shape)}"
-                 for k, v in expected.items() if k in found and found[k].shape != v.shape]
-    problems += [f"{k} is {found[k].dtype}, not {v.dtype}" for k, v in expected.items() if k in found and found[k].dtype != v.dtype]
-    more = f" (and {len(problems)-5} more)" if len(problems) > 5 else ''
-    return '; '.join(problems[:5]) + more
-
-def _check_state(found, expected):
-    "ValueError unless a file's weights are those that the classifier beside it has."
-    if problems := _differences(found, expected): raise ValueError(f"model.safetensors and classifier.json don't belong together: {problems}")
-
-@patch(cls_method=True)
-def _from_config(cls:HierarchicalClassifier, d):
-    "A classifier with untrained networks from what `_config` gave."
-    spec, h = NetworkSpec.from_dict, ClassHierarchy.from_json(json.dumps(d['hierarchy']))
-    self = cls(h, spec(d['router']), [spec(s) for s in d['experts']], Recipe(**d['recipe']), d['seed'])
-    stats = d['normalize']
-    self.shape, self.normalize = tuple(d['shape']), stats and Normalization(tuple(stats['mean']), tuple(stats['std']))
-    build = lambda spec, n: build_network(spec, n, self.shape, seed=0).eval() if n > 1 else None
-    self.router = build(self.router_spec, h.n_clusters)
-    self.experts = [cls._from_config(child) if child else build(s, len(q))
-                    for child, s, q in zip(d['children'], self.expert_specs, h.clusters)]
-    return self
-
-@patch
-def _load_state(self:HierarchicalClassifier, state, prefix=''):
-    "Copy weights by name into the networks."
-    for name, net in [('router', self.router), *((f'expert_{q}', e) for q, e in enumerate(self.experts))]:
-        at = f'{prefix}{name}.'
-        if isinstance(net, HierarchicalClassifier): net._load_state(state, at)
-        elif net is not None: net.load_state_dict({k.removeprefix(at): v for k, v in state.items() if k.startswith(at)})
 
 # %% ../nbs/50_hierarchical.ipynb #71f9eaee
 @contextmanager
