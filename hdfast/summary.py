@@ -315,6 +315,7 @@ _KEY = (
     'With the oracle router every image is sent to the home cluster of its class: with disjoint clusters a ceiling, with overlap it isn\'t one. γ is the overlap factor; clusters is how many there are.',
     'A full circle (●) marks a row of the paper that reaches our profile "paper" in full: its epochs and runs, in float32 (a GPU multiplies in TF32, and the mark says so). What the paper leaves open, such as the batch size and the number of seeds, is our choice.',
     'An open circle (○) says what is missing; such a number is no reproduction of the paper\'s. Rows beyond the paper have no circle, only their epochs.',
+    'The first table leaves out HC contains, and HC with overlap: one hierarchy classifier, the router of a row, serves every γ here, so that its HC is that of disjoint clusters.',
     'Memory is in megabytes. A counted number agrees if it rounds to the printed one.',
     'The results come from several runs. A row names the commit of the page that made it; networks may have been found in a cache, trained before.',
     'Names of models and ways of choosing are explained on the pages, first of all nbs/experiments/tables.ipynb, trunk.ipynb and trust.ipynb.',
