@@ -553,8 +553,8 @@ def _folder_files(path, classes=None, only=None):
         if t.superclass.isna().any(): raise ValueError(f'{path}: two superclasses have a class of the same name, so all parts need folders of superclasses, not some')
         t['class'] = t.superclass + '/' + t['class']
     if classes is not None:
-        if isinstance(classes, str) or not len(classes): raise ValueError(f"classes are a list with the names of those to take, not {classes!r}; None takes all")
         wanted = set(map(str, classes))
+        if isinstance(classes, str) or not wanted: raise ValueError(f"classes are a list with the names of those to take, not {classes!r}; None takes all")
         missing = sorted(wanted - set(t['class'][t.part == TRAIN]))
         if missing: raise ValueError(f'no folder in {_parts(path)[TRAIN]} for class {_some(missing)}')
         t = t[t['class'].isin(wanted)]
