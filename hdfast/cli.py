@@ -8,7 +8,7 @@ __all__ = ['DURATIONS', 'COMMANDS', 'EXAMPLES', 'about', 'reproduce', 'decompose
 # %% ../nbs/90_cli.ipynb #4ef6b98d
 import io, os, sys, time, traceback, warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
@@ -357,17 +357,18 @@ def _files(paths):
     for path in map(Path, paths):
         if not path.is_dir(): yield path
         else:
-            visible = sorted(_visible(path, is_hidden))
+            visible = sorted(_visible(path, is_hidden, set()))
             if not visible: raise ValueError(f'{path} holds no images')
             yield from visible
 
-def _visible(folder, is_hidden, above=()):
-    "The files below a folder and the folders that it links to, but for hidden ones and for links back to a folder `above`."
-    above = (*above, folder.resolve())
-    for f in folder.iterdir():
-        if is_hidden(f.name): continue
-        if f.is_file(): yield f
-        elif f.is_dir() and f.resolve() not in above: yield from _visible(f, is_hidden, above)
+def _visible(folder, is_hidden, seen):
+    "The files below a folder, and below folders that it links to, each folder once; not hidden ones, nor those that may not be read."
+    seen.add(folder.resolve())
+    with suppress(PermissionError):
+        for f in sorted(folder.iterdir()):
+            if is_hidden(f.name): continue
+            if f.is_file(): yield f
+            elif f.is_dir() and f.resolve() not in seen: yield from _visible(f, is_hidden, seen)
 
 # %% ../nbs/90_cli.ipynb #fde2fb66
 def _read(file, size):
@@ -538,4 +539,4 @@ def main(
         return 141
     except (ValueError, OSError, FloatingPointError, MemoryError) as e:
         if '--traceback' in argv or os.environ.get('HDFAST_DEBUG') == '1': traceback.print_exc()
-        return _say_error(e)
+        return _say_error(str(e) or 'out of memory')

@@ -55,7 +55,7 @@ def check_confidences(
     if probs.ndim != 2 or len(probs) != len(y) or not len(y): raise ValueError(f"{len(y)} classes for confidences of shape {probs.shape}: give a class for each image, at least one")
     _check_targets(y, probs.shape[1])
     if not np.isfinite(probs).all(): raise ValueError("there are NaN or infinite confidences: the network has diverged, or the inputs are bad")
-    if probs.min() < 0 or probs.max() > 1 + 1e-3: raise ValueError("confidences lie in [0, 1]: these look like logits; pass softmax(logits)")
+    if probs.min() < -1e-3 or probs.max() > 1 + 1e-3: raise ValueError("confidences lie in [0, 1]: these look like logits; pass softmax(logits)")
 
 # %% ../nbs/10_confusion.ipynb #ca415e27
 def confusion_matrix(

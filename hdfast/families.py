@@ -10,7 +10,7 @@ __all__ = ['schedule', 'train', 'can_be_recorded', 'Job', 'timed', 'save_weights
 # %% ../nbs/45_families.ipynb #5f0a1c04
 import ast, hashlib, json, time, warnings
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cache as cached, partial
 from inspect import getsource
@@ -159,13 +159,17 @@ def read_weights(
         return False
     return True
 
+@contextmanager
 def one_at_a_time(
     file, # what is to be made, or None
 ):
-    "A context that waits until no other process makes `file`; without a file, nobody waits."
-    if file is None: return nullcontext()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(file.with_name(f'.{file.name}.lock'))
+    "Wait until no other process makes `file`; nobody waits without a file, or where files can't be locked."
+    with ExitStack() as stack:
+        if file:
+            with suppress(OSError, NotImplementedError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(file.with_name(f'.{file.name}.lock'), mode=0o666))
+        yield
 
 # %% ../nbs/45_families.ipynb #5f0a1c16
 _sources = {f.stem: f.read_text(encoding='utf-8') for f in Path(networks.__file__).parent.glob('*.py')} # as this process imports them, whatever is edited later
@@ -583,13 +587,12 @@ def fit_networks(
     def done(i, net):
         nets[i] = net
         if progress: progress(sum(n is not None for n in nets), len(nets))
-    def missing():
-        for i, net in enumerate(nets):
-            if net is None and (net := _read(jobs[i], files[i])) is not None: done(i, net)
-        return [i for i, net in enumerate(nets) if net is None]
-    if not (first := missing()[:1]): return nets
-    with one_at_a_time(files[first[0]]):
-        for how, which in _work(jobs, missing()): # without what another process has trained meanwhile
+    def read(i):
+        if (net := _read(jobs[i], files[i])) is not None: done(i, net)
+        return net is not None
+    for how, which in _work(jobs, [i for i in range(len(jobs)) if not read(i)]):
+        with one_at_a_time(files[which[0]]):
+            if not (which := [i for i in which if not read(i)]): continue # another process has trained them meanwhile
             with no_random(reproducible=False): trained, seconds = timed(lambda: how([jobs[i] for i in which], recipe))
             errors = [net for net in trained if isinstance(net, FloatingPointError)]
             for i, net in zip(which, trained):

@@ -25,7 +25,7 @@ from .confusion import check_confidences
 from .families import Job, bar_over, fit_network, fit_networks, plain_number
 from .inference import predict_in_batches
 from .learners import ImageDL, Normalization, Recipe, build_network, check_answers, check_classes, check_labels, check_named, check_network, check_plain, check_scores, check_whole
-from .learners import class_view, cluster_view, device_of, held_out_confusion, input_shape, recipe
+from .learners import class_view, cluster_view, device_of, held_out_confusion, input_shape, recipe, warn_of_unseen
 from .networks import NetworkSpec, evaluating, n_parameters, network_spec
 
 # %% ../nbs/50_hierarchical.ipynb #4b1c8974
@@ -89,6 +89,7 @@ def fit(self:HierarchicalClassifier,
     "Train the hierarchy classifier on cluster labels and an expert on the classes of each cluster."
     check_classes(dls, self.hierarchy)
     check_labels(dls)
+    warn_of_unseen(dls)
     jobs = self._jobs(dls)
     return self._place(iter(fit_networks(jobs, self.recipe, cache, bar_over(len(jobs)) if progress else None)), dls)
 
@@ -153,8 +154,9 @@ def _inputs(self:HierarchicalClassifier, data):
                          "pass such a loader (dls.test_dl(files))")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}: pass uint8 pixels, or floats that are normalised already")
-    if images.is_floating_point() and self.normalize and images.numel() and 0 <= images.min() and not 1 < images.max() < 20: # normalised ones are rarely all above 0, and hardly beyond 3
-        warnings.warn(f"all floats lie between 0 and {images.max():.3g}: these look like pixels, but floats are taken as normalised already; pass uint8, or a loader that normalises", stacklevel=4)
+    low, high = (float(images.min()), float(images.max())) if images.is_floating_point() and self.normalize and images.numel() else (-1, 0)
+    if low >= 0 and not 1 < high < 20: # normalised ones are rarely all above 0, and hardly beyond 3
+        warnings.warn(f"all floats lie between 0 and {high:.3g}: these look like pixels, but floats are taken as normalised already; pass uint8, or a loader that normalises", stacklevel=4)
     prepare = self.normalize if images.dtype == torch.uint8 else torch.Tensor.float
     return len(rows_of), lambda rows: prepare(images.index_select(0, rows_of[rows]).to(self.device)), targets
 
@@ -183,7 +185,7 @@ def _run(self:HierarchicalClassifier, net, take, rows):
     "Probabilities of one network, or of a nested classifier, for some rows of the inputs."
     if net is None: return torch.ones(len(rows), 1)
     if isinstance(net, HierarchicalClassifier): return torch.cat([net._ask(take(r)) for r in rows.split(256)])
-    with evaluating(net): return predict_in_batches(net, take, rows, self.shape, self.device).softmax(1).cpu()
+    with evaluating(net): return predict_in_batches(net, take, rows, self.shape, self.device).float().softmax(1).cpu()
 
 @patch
 def _ask(self:HierarchicalClassifier, x): return self._combine(*self._opinions(len(x), x.__getitem__))
@@ -424,6 +426,12 @@ def _load_state(self:HierarchicalClassifier, state, prefix=''):
         if isinstance(net, HierarchicalClassifier): net._load_state(state, at)
         elif net is not None: net.load_state_dict({k.removeprefix(at): v for k, v in state.items() if k.startswith(at)})
 
+@patch
+def _lost(self:HierarchicalClassifier, d):
+    "In words, why a classifier made from what `_config` gave couldn't take these weights; empty if it can."
+    try: return _differences(self._state(), type(self)._from_config(d)._state())
+    except Exception as e: return f'{type(e).__name__}: {e}' # of a derived class, or of a network from elsewhere
+
 # %% ../nbs/50_hierarchical.ipynb #4b1b3fc0
 def _kinds(cls): return [cls, *(kind for below in cls.__subclasses__() for kind in _kinds(below))]
 
@@ -475,7 +483,7 @@ def save(self:HierarchicalClassifier,
     versions = dict(hdfast=__version__, torch=torch.__version__, python=platform.python_version())
     about = dict(format=self._format, versions=versions, provenance=provenance) | self._config()
     text = json.dumps(about, indent=1, ensure_ascii=False, default=plain_number)
-    if lost := _differences(self._state(), type(self)._from_config(json.loads(text))._state()): raise ValueError(f"what would be saved couldn't be loaded again: {lost}")
+    if lost := self._lost(json.loads(text)): raise ValueError(f"what would be saved couldn't be loaded again: {lost}")
     with _aside(folder) as part:
         (part/'model.safetensors').write_bytes(save(self._state()))
         (part/'classifier.json').write_text(text, encoding='utf-8')

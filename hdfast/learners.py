@@ -9,7 +9,7 @@ __all__ = ['torch_optimizers', 'optimizers', 'RECIPES', 'Sample', 'View', 'Image
            'computed_in', 'diverged', 'StopOnNaN', 'SkipValidation', 'check_predictions', 'training_loader',
            'build_network', 'network_learner', 'input_shape', 'mlp_learner', 'cnn_learner', 'cnn_tl_learner',
            'is_shuffled', 'check_whole', 'check_network', 'probabilities', 'check_scores', 'check_answers',
-           'accuracy_on', 'held_out_confusion', 'class_counts', 'check_labels']
+           'accuracy_on', 'held_out_confusion', 'class_counts', 'check_labels', 'warn_of_unseen']
 
 # %% ../nbs/40_learners.ipynb #a42bf9b7
 import os, random, warnings
@@ -233,8 +233,6 @@ def as_view(dataset) -> View:
     if isinstance(dataset, View): return dataset
     labels = dataset.tls[1] if hasattr(dataset, 'tls') else [o[1] for o in dataset]
     targets = torch.tensor([int(y) for y in labels], dtype=torch.long)
-    K, strange = len(dataset.vocab), [y for y in targets.tolist() if not 0 <= y < len(dataset.vocab)]
-    if strange: raise ValueError(f"{len(strange)} of {len(targets)} samples have a label outside 0 to {K - 1}, such as {strange[0]}: leave out what has no label, and count classes from 0")
     return DatasetView(dataset, torch.arange(len(targets)), targets, dataset.vocab)
 
 # %% ../nbs/40_learners.ipynb #40aa0012
@@ -247,7 +245,15 @@ def device_of(
 # %% ../nbs/40_learners.ipynb #99e23727
 def _views(dls, relabel):
     "`DataLoaders` with `relabel` applied to the view of each loader."
-    return ViewDataLoaders(*[_new_loader(dl, relabel(as_view(dl.dataset))) for dl in dls.loaders], path=dls.path, device=dls.device)
+    views = [_labelled(as_view(dl.dataset), i < 2) for i, dl in enumerate(dls.loaders)]
+    return ViewDataLoaders(*[_new_loader(dl, relabel(view)) for dl, view in zip(dls.loaders, views)], path=dls.path, device=dls.device)
+
+def _labelled(view, learnt):
+    "The samples with a class; ValueError if one of those that are `learnt` or chosen by has none."
+    strange = (view.targets < 0) | (view.targets >= len(view.vocab))
+    if not strange.any(): return view
+    if learnt: raise ValueError(f"{int(strange.sum())} of {len(strange)} samples have a label outside 0 to {len(view.vocab) - 1}, such as {int(view.targets[strange][0])}: leave out what has no label, and count classes from 0")
+    return view.select(view.index[~strange], view.targets[~strange], view.vocab)
 
 def _new_loader(dl, view):
     "A loader like `dl` over `view`, with no larger batches than there are samples, and none dropped."
@@ -324,9 +330,9 @@ class Recipe:
         for field in ('epochs', 'bs'):
             if not isinstance(n := getattr(self, field), Integral) or n < 1: raise ValueError(f"{field} must be a whole number, at least 1, not {n!r}")
             object.__setattr__(self, field, int(n))
-        for field, fits, least in (('lr', self.lr > 0, 'more than 0'), ('wd', self.wd >= 0, '0 or more')):
+        for field, least in (('lr', 'more than 0'), ('wd', '0 or more')):
             value = float(getattr(self, field)) # JSON knows no numbers of NumPy
-            if not (fits and value < float('inf')): raise ValueError(f"{field} must be {least}, and finite, not {value!r}")
+            if not 0 <= value < float('inf') or field == 'lr' and not value: raise ValueError(f"{field} must be {least}, and finite, not {value!r}")
             object.__setattr__(self, field, value)
 
 # %% ../nbs/40_learners.ipynb #4b5eb1e5
@@ -583,11 +589,18 @@ def class_counts(
 def check_labels(
     dls, # DataLoaders, before anything is trained on them
 ):
-    "ValueError unless there is one class for each image; a warning that names classes without a training image."
-    for dl in (dls.train, dls.valid):
+    "ValueError unless an image's label is one whole number, the class."
+    for dl in dls.loaders[:2]:
         if isinstance(dl.dataset, ImageView) or not len(dl.dataset): continue
-        with no_random(reproducible=False): *_, y = dl.new(bs=1, drop_last=False).one_batch()
-        if y.ndim != 1 or y.is_floating_point(): raise ValueError(f"an image's label is {y.dtype} of shape {tuple(y.shape[1:])}; one class id for each is needed")
-    if not (isinstance(dls.train.dataset, View) or hasattr(dls.train.dataset, 'tls')): return # labels are to be had with the images only
+        with no_random(reproducible=False): batch = dl.new(bs=1, drop_last=False).one_batch()
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2: continue # no labels
+        y = torch.as_tensor(batch[-1])
+        if y.numel() != 1 or y.item()%1: raise ValueError(f"an image's label is {y.dtype} of shape {tuple(y.shape[1:])}; one class id for each is needed")
+
+def warn_of_unseen(
+    dls, # DataLoaders that a network for all classes is trained on
+):
+    "A warning that names classes without a training image, where labels are to be had without reading the images."
+    if not (isinstance(dls.train.dataset, View) or hasattr(dls.train.dataset, 'tls')): return
     if unseen := [str(c) for c, n in zip(dls.vocab, class_counts(dls)) if not n]:
         warnings.warn(f"no training image of {', '.join(unseen[:5])}{' ...'*(len(unseen) > 5)}: no network will ever name such a class", stacklevel=3)

@@ -197,6 +197,8 @@ def read_pile(
     "The candidates and trials in a file; ValueError if it is something else."
     try: d = json.loads(Path(file).expanduser().read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f"{file} isn't JSON: {e}") from e
+    if isinstance(d, dict) and str(d.get('format')).startswith('hdfast.trials.') and d['format'] != _format:
+        raise ValueError(f"{file} was written by another version of hdfast ({d['format']}, this one has {_format}): choose another file")
     if not isinstance(d, dict) or d.get('format') != _format: raise ValueError(f"{file} isn't a pile of trials (format {_format})")
     try: return [NetworkSpec.from_dict(s) for s in d['candidates']], [Trial(**t) for t in d['trials']]
     except (KeyError, TypeError) as e: raise ValueError(f"{file} is damaged: {e!r}") from e
@@ -472,7 +474,7 @@ def choice_rows(
     experts:dict,     # way to choose -> a spec, or one for each cluster
     router,           # network of the hierarchy classifier
     recipe='paper',   # as for the trials
-    seed:int=0,       # as for the trials
+    seed:int=0,       # of the hierarchical classifier, as for `try_candidates`
     cache=None,       # that of the trials
     flat=None,        # the flat network, for its own row
 ) -> pd.DataFrame:    # index: way to choose; shares in [0, 1], parameters of the whole family, seconds of its training, multiplications (MACs) for one image

@@ -18,6 +18,7 @@ from inspect import getsource
 from math import prod
 from pathlib import Path
 import torch
+from fastai.torch_core import no_random
 from fastcore.basics import listify, patch
 from torch import nn
 from torch.nn import functional as F
@@ -27,7 +28,7 @@ from .clustering import ClassHierarchy, check_one_level, cluster_classes
 from .families import Job, code_version, feature_dataloaders, network_key, one_at_a_time, plain_number, read_weights, save_weights, timed, train
 from .hierarchical import HierarchicalClassifier
 from .inference import predict_in_batches
-from .learners import Normalization, Recipe, check_classes, check_labels, check_network, check_scores, class_counts, device_of, held_out_confusion, input_shape, probabilities
+from .learners import Normalization, Recipe, check_classes, check_labels, check_network, check_scores, class_counts, device_of, held_out_confusion, input_shape, probabilities, warn_of_unseen
 from .networks import Conv, NetworkSpec, Stage, _max_pool, evaluating, n_parameters, network, network_spec, seeded
 
 # %% ../nbs/55_trunk.ipynb #0f3761fb
@@ -430,8 +431,9 @@ def fit(self:TrunkClassifier,
     "Train trunk and heads by the negative log-likelihood of eq. (2)."
     check_classes(dls, self.hierarchy)
     check_labels(dls)
+    warn_of_unseen(dls)
     teachers = [teachers] if isinstance(teachers, nn.Module) else list(teachers)
-    for t in teachers: _check_teacher(t, dls)
+    for t in teachers: check_network(t)
     if not hasattr(start, 'body') and start is not None: raise ValueError(f"start is a {type(start).__name__} without a `body`: give a network of hdfast, or what `TrunkClassifier.net` is")
     if frozen and start is None: raise ValueError("a frozen trunk learns nothing, so it must have learned before: give start, a trained network")
     if frozen and (len(teachers) or balanced): raise ValueError("on a frozen trunk the heads learn from the labels alone: leave teachers and balanced out")
@@ -449,13 +451,6 @@ def fit(self:TrunkClassifier,
                 if file: save_weights(net, file)
     return self._use(net, shape, getattr(dls.train, 'normalize', None), device_of(dls))
 
-@torch.no_grad()
-def _check_teacher(net, dls):
-    "ValueError unless a network scores the classes of `dls`."
-    check_network(net)
-    x = dls.valid.one_batch()[0][:8]
-    with evaluating(net): check_scores(net(x), dls.valid)
-
 # %% ../nbs/55_trunk.ipynb #69a62cb9
 @patch
 def _new_net(self:TrunkClassifier, shape): return shared_trunk(self.hierarchy, self.spec, shape, self.seed)
@@ -466,7 +461,14 @@ def _train(self:TrunkClassifier, net, dls, frozen, teachers, balanced, on_epoch)
     form = Balanced(net, class_counts(dls)) if balanced else net
     with ExitStack() as stack:
         for t in teachers: stack.enter_context(evaluating(t))
+        if teachers: _check_teachers(teachers, dls.train)
         train(Distilled(form, teachers) if teachers else form, dls, self.recipe, self.seed, 'the shared trunk', on_epoch)
+
+@torch.no_grad()
+def _check_teachers(teachers, dl):
+    "ValueError unless each network scores the classes of a loader."
+    with no_random(reproducible=False): x = dl.new(shuffle=False, bs=8, drop_last=False).one_batch()[0]
+    for t in teachers: check_scores(t(x), dl)
 
 def _prefixed(body): return {f'body.{k}': v for k, v in body.state_dict().items()}
 

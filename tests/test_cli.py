@@ -580,10 +580,24 @@ def test_files_in_linked_folders_are_found_once_even_if_a_link_leads_back(tmp_pa
     for f in ('elsewhere/deep/a.png', 'mix/b.png', 'mix/.hidden/c.png'): (tmp_path/f).touch()
     (tmp_path/'mix'/'cat').symlink_to(tmp_path/'elsewhere')
     (tmp_path/'elsewhere'/'back').symlink_to(tmp_path/'mix')
+    (tmp_path/'mix'/'dog').symlink_to(tmp_path/'elsewhere')
     assert [*_files([tmp_path/'mix'])] == [tmp_path/'mix'/'b.png', tmp_path/'mix'/'cat'/'deep'/'a.png']
 
 
-def test_too_little_memory_is_one_line(capsys, monkeypatch):
-    def full(*args, **kwargs): raise MemoryError('Unable to allocate 306 TiB')
+@pytest.mark.parametrize('text,said', [('Unable to allocate 306 TiB', 'Unable to allocate 306 TiB'), ('', 'out of memory')])
+def test_too_little_memory_is_one_line(capsys, monkeypatch, text, said):
+    def full(*args, **kwargs): raise MemoryError(text)
     monkeypatch.setattr(datasets, 'image_set', full)
-    assert main(['decompose', 'synthetic', '--out', 'x']) == 2 and capsys.readouterr().err == 'hdfast: Unable to allocate 306 TiB\n'
+    assert main(['decompose', 'synthetic', '--out', 'x']) == 2 and capsys.readouterr().err == f'hdfast: {said}\n'
+
+
+def test_a_folder_that_may_not_be_read_is_passed_over(tmp_path, monkeypatch):
+    from hdfast.cli import _files
+    (tmp_path/'lost').mkdir()
+    (tmp_path/'a.png').touch()
+    listed = Path.iterdir
+    def iterdir(self):
+        if self.name == 'lost': raise PermissionError(13, 'Permission denied')
+        return listed(self)
+    monkeypatch.setattr(Path, 'iterdir', iterdir)
+    assert [*_files([tmp_path])] == [tmp_path/'a.png']

@@ -364,6 +364,33 @@ def test_two_that_want_the_same_networks_at_once_train_them_once(dls, tmp_path, 
     assert len(trained) == 4
 
 
+def test_lists_that_share_a_network_wait_for_that_one_alone(dls, tmp_path, monkeypatch):
+    trained = []
+    def alone(jobs, how):
+        trained.extend(job.seed for job in jobs)
+        time.sleep(.3)
+        return families._train_alone.as_before(jobs, how)
+    alone.as_before = families._train_alone
+    monkeypatch.setattr(families, '_train_alone', alone)
+    shared, *own = [Job(class_view(dls, [i, i + 1]), dry_cnn, i) for i in range(5)]
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(fit_networks, jobs, HOW['paper'], tmp_path) for jobs in ([shared, *own[:2]], [shared, *own[2:]])]
+        a, b = (call.result(60) for call in calls)
+    assert sorted(trained) == [0, 1, 2, 3, 4] and same(a[0], b[0])
+
+
+@pytest.mark.parametrize('error', [OSError(37, 'No locks available'), NotImplementedError()])
+def test_where_files_cannot_be_locked_everybody_trains(dls, tmp_path, monkeypatch, error):
+    def acquire(self, *args, **kwargs): raise error
+    monkeypatch.setattr(families.FileLock, 'acquire', acquire)
+    net = fit_network(dls, 'MLP_4', HOW['paper'], cache=tmp_path)
+    assert same(net, fit_network(dls, 'MLP_4', HOW['paper'])) and len([*tmp_path.glob('*.safetensors')]) == 1
+
+
+@pytest.mark.parametrize('cache', ['', None])
+def test_no_folder_is_no_cache(dls, cache): assert same(fit_network(dls, 'MLP_4', HOW['paper'], cache=cache), fit_networks([Job(dls, 'MLP_4')], HOW['paper'], cache)[0])
+
+
 def test_another_pytorch_trains_anew(dls, monkeypatch):
     key = families.network_key(job := Job(dls, 'CNN_3'), HOW['paper'])
     monkeypatch.setattr(torch, '__version__', '99')

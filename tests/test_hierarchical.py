@@ -805,7 +805,9 @@ def test_a_seed_of_numpy_is_saved_as_a_number(taxonomy, dls, tmp_path):
 
 @pytest.mark.parametrize('scale', [1, 255], ids=['0 to 255', '0 to 1'])
 def test_floats_that_look_like_pixels_are_warned_of(classifier, test_images, scale):
-    with pytest.warns(UserWarning, match='look like pixels'): classifier.predict(test_images/scale)
+    from fastai.torch_core import TensorImage
+    for some in (test_images/scale, TensorImage(test_images/scale), [TensorImage(x/scale) for x in test_images[:3]]):
+        with pytest.warns(UserWarning, match='look like pixels'): classifier.predict(some)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         classifier.predict(classifier.normalize(test_images))
@@ -856,13 +858,27 @@ def _with_labels(images, change, **kwargs):
 
 
 @pytest.mark.parametrize('change,message', [(lambda y: torch.tensor(-1 if y == 8 else y), r'have a label outside 0 to 8, such as -1'), (lambda y: torch.tensor(y + 1), 'such as 9'),
-                                            (lambda y: torch.eye(9)[y], 'one class id for each is needed'), (lambda y: torch.tensor(y/2), 'one class id for each is needed')],
+                                            (lambda y: torch.eye(9)[y], 'one class id for each is needed'), (lambda y: torch.tensor(y + .5), 'one class id for each is needed')],
                          ids=['without a label', 'from 1', 'one-hot', 'fractions'])
 def test_labels_that_are_no_classes_are_refused_before_training(images, taxonomy, monkeypatch, change, message):
     monkeypatch.setattr(families, 'train', lambda *args, **kwargs: pytest.fail('trained'))
     with pytest.raises(ValueError, match=message): HierarchicalClassifier(taxonomy, 'MLP_4', 'MLP_4', one_epoch).fit(_with_labels(images, change), progress=False)
     if 'one class id' not in message: return # the loss of the flat network refuses these
     with pytest.raises(ValueError, match=message): decompose(_with_labels(images, change), 3, flat='MLP_4', router='MLP_4', expert='MLP_4', recipe=one_epoch)
+
+
+@pytest.mark.parametrize('change', [float, np.float32, lambda y: torch.tensor([y])], ids=['float', 'float32', 'one element'])
+def test_whole_numbers_of_any_kind_are_classes(images, taxonomy, change):
+    HierarchicalClassifier(taxonomy, 'MLP_4', 'MLP_4', one_epoch).fit(_with_labels(images, change), progress=False)
+
+
+def test_training_asks_for_no_labels_that_it_does_not_use(images, taxonomy):
+    from fastai.vision.all import DataLoaders
+    plain, fit = _with_labels(images, int), lambda dls: HierarchicalClassifier(taxonomy, 'MLP_4', 'MLP_4', one_epoch).fit(dls, progress=False)
+    fit(DataLoaders(plain.train))
+    spoiled = _with_labels(images, lambda y: -1).valid
+    fit(DataLoaders(*plain.loaders, spoiled))
+    TrunkClassifier(taxonomy, recipe=one_epoch).fit(DataLoaders(plain.train))
 
 
 def test_held_out_images_that_could_not_be_told_apart_are_refused_before_training(images, monkeypatch):
@@ -893,7 +909,9 @@ def test_what_could_not_be_loaded_again_is_not_saved_over_what_can(classifier, t
     for net in half.networks: net.half()
     other = deepcopy(classifier)
     other.experts[0] = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 3))
-    for broken, message in ((half, 'is torch.float16, not torch.float32'), (other, 'is missing')):
+    class Own(HierarchicalClassifier):
+        def __init__(self, one): vars(self).update(vars(one))
+    for broken, message in ((half, 'is torch.float16, not torch.float32'), (other, 'is missing'), (Own(classifier), 'TypeError')):
         with pytest.raises(ValueError, match=f"couldn't be loaded again: .*{message}"): broken.save(tmp_path/'m')
     assert (tmp_path/'m'/'model.safetensors').read_bytes() == before
 
@@ -908,3 +926,4 @@ def test_a_flat_network_gives_scores_and_not_probabilities(images, dls, classifi
     class Halves(torch.nn.Module):
         def forward(self, x): return net(x).bfloat16()
     np.testing.assert_allclose(held_out_confusion(Halves(), dls), held_out_confusion(net, dls), atol=.02)
+    assert classifier.evaluate(dls[2], Halves()).table.FC['flat net'] == pytest.approx(classifier.evaluate(dls[2], net).table.FC['flat net'], abs=.1)

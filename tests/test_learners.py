@@ -811,7 +811,7 @@ def test_an_empty_loader_is_refused(dls):
 def test_a_learning_rate_of_numpy_is_a_number(dls): assert recipe('paper', lr=np.float32(.5)) == recipe('paper', lr=.5)
 
 
-@pytest.mark.parametrize('field,value', [('lr', -.01), ('lr', 0), ('lr', float('nan')), ('lr', float('inf')), ('wd', -1), ('wd', float('nan'))])
+@pytest.mark.parametrize('field,value', [('lr', -.01), ('lr', 0), ('lr', float('nan')), ('lr', float('inf')), ('wd', -1), ('wd', float('nan')), ('wd', float('inf'))])
 def test_a_rate_that_trains_nothing_or_uphill_is_refused(field, value):
     with pytest.raises(ValueError, match=f'{field} must be'): recipe('paper', **{field: value})
 
@@ -840,3 +840,6 @@ def test_a_loader_of_unknown_length_is_not_asked_for_it(dls):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self): return iter([])
     learners.check_whole(DataLoader(Stream(), batch_size=2))
+
+
+def test_rates_may_be_written_as_text(): assert recipe('paper', lr='1e-3', wd=0).lr == .001 # as YAML gives them

@@ -259,7 +259,7 @@ def test_a_failure_while_writing_leaves_the_pile_as_it_was(tmp_path, monkeypatch
     assert (tmp_path/'p.json').read_bytes() == before
 
 
-@pytest.mark.parametrize('text, message', [('{', "isn't JSON"), ('[]', "isn't a pile"), ('{"format": "else"}', "isn't a pile"),
+@pytest.mark.parametrize('text, message', [('{"format": "hdfast.trials.1"}', 'was written by another version of hdfast'), ('{', "isn't JSON"), ('[]', "isn't a pile"), ('{"format": "else"}', "isn't a pile"),
                                            (json.dumps(dict(format='hdfast.trials.2', candidates=[])), 'damaged'),
                                            (json.dumps(dict(format='hdfast.trials.2', candidates=[], trials=[{'images': ''}])), 'damaged')])
 def test_a_file_that_is_no_pile_is_refused(tmp_path, text, message):
