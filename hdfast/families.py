@@ -159,6 +159,7 @@ def read_weights(
         return False
     return True
 
+# %% ../nbs/45_families.ipynb #5f0a1d41
 @contextmanager
 def one_at_a_time(
     file, # what is to be made, or None

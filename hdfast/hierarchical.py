@@ -405,6 +405,7 @@ def _check_state(found, expected):
     "ValueError unless a file's weights are those that the classifier beside it has."
     if problems := _differences(found, expected): raise ValueError(f"model.safetensors and classifier.json don't belong together: {problems}")
 
+# %% ../nbs/50_hierarchical.ipynb #516364ff
 @patch(cls_method=True)
 def _from_config(cls:HierarchicalClassifier, d):
     "A classifier with untrained networks from what `_config` gave."

@@ -579,6 +579,7 @@ def held_out_confusion(
         warnings.warn(f"no held-out image of {', '.join(unseen)}: what such a class is taken for isn't measured, and it counts as never mistaken")
     return confusion_matrix(y, probs, len(dls.vocab))
 
+# %% ../nbs/40_learners.ipynb #40aa0102
 def class_counts(
     dls,          # DataLoaders over K classes
 ) -> np.ndarray:  # (K,)
